@@ -1,0 +1,260 @@
+"""
+Logprobs of the distribution that was sampled from, for sampled and for prompt rows.
+
+V0 returned log-softmax after penalties, temperature, top-k, top-p and min-p, in that order; prompt rows too, without
+penalties and bias. V1 returns log-softmax of the raw logits by default. Its ``logprobs_mode="processed_logprobs"``
+covers sampled rows only, and filters by min-p before top-k/top-p: top-p then keeps fewer tokens than V0 did. An
+importance ratio on raw logprobs is off by the temperature and the truncation.
+
+So: the option for the sampled rows, and two patches on Model Runner V1. `min_p_last` hands the sampler top-k/top-p
+as a step in front of min-p (no body is copied); `prompt_rows` scores each request's prompt with that request's
+filters.
+
+Specification: `vllm_compat.v0_formula`. Upstream: https://github.com/vllm-project/vllm/pull/21398 and issue 47680.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+from vllm_compat.behaviors._common import V1_RELEASES, engine_arg
+from vllm_compat.patching.model import Behavior, Check, CheckFailed, Patch, Role, Target, Unsupported
+
+# Rows filtered at a time: sorting a whole prompt's [rows, vocab] would need several times its memory.
+_BLOCK_ROWS = 256
+
+
+class _TopKTopPFirst:
+    """Top-k/top-p in the place of a logits processor, so that it runs before min-p."""
+
+    def __init__(self, apply: Any, top_k: Any, top_p: Any) -> None:
+        self._apply, self._top_k, self._top_p = apply, top_k, top_p
+
+    def apply(self, logits: Any) -> Any:
+        return self._apply(logits, self._top_k, self._top_p)
+
+
+def _min_p(processors: Any) -> Any:
+    """The batch's min-p processor if a row uses it, else None."""
+    return next((p for p in processors if getattr(p, "min_p_count", 0)), None)
+
+
+def _build_sample(original: Any, module: Any) -> Any:
+    def sample(self: Any, logits: Any, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        metadata = sampling_metadata
+        filters = metadata.top_k is not None or metadata.top_p is not None
+        if filters and not metadata.all_greedy:
+            processors = metadata.logitsprocs
+            min_p = _min_p(processors.argmax_invariant)
+            if min_p is not None:
+                # imported by vLLM already; our own import would be wrong on a release without it
+                from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+                reordered = type(processors)()
+                reordered.non_argmax_invariant = processors.non_argmax_invariant
+                reordered.argmax_invariant = [p for p in processors.argmax_invariant if p is not min_p]
+                reordered.argmax_invariant += [_TopKTopPFirst(apply_top_k_top_p, metadata.top_k, metadata.top_p), min_p]
+                metadata = dataclasses.replace(metadata, top_k=None, top_p=None, logitsprocs=reordered)
+        return original(self, logits, metadata, *args, **kwargs)
+
+    return sample
+
+
+def _filtered(logits: Any, params: Any, top_k_top_p: Any) -> Any:
+    """V0's prompt-row distribution. logits: [rows, vocab], changed in place where float32. Returns logprobs [rows, vocab]."""
+    import torch
+
+    rows, vocab = logits.shape
+    logits = logits.to(torch.float32)
+    if params.temperature >= 1e-5:
+        top_k = min(params.top_k, vocab) if params.top_k > 0 else vocab
+        for start in range(0, rows, _BLOCK_ROWS):
+            block = logits[start : start + _BLOCK_ROWS]
+            block.div_(params.temperature)
+            k = torch.full((len(block),), top_k, dtype=torch.int32, device=block.device) if top_k < vocab else None
+            p = torch.full((len(block),), params.top_p, device=block.device) if params.top_p < 1 else None
+            filtered = top_k_top_p(block, k, p)
+            if params.min_p > 0:
+                probs = filtered.softmax(dim=-1)
+                filtered = filtered.masked_fill(probs < params.min_p * probs.amax(dim=-1, keepdim=True), -torch.inf)
+            if filtered is not block:
+                block.copy_(filtered)
+    return logits.log_softmax(dim=-1, dtype=torch.float32)
+
+
+def _build_prompt(original: Any, module: Any) -> Any:
+    def _get_prompt_logprobs_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        wanted = self.num_prompt_logprobs
+        if not wanted:
+            return original(self, *args, **kwargs)
+        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+        results: dict[str, Any] = {}
+        sampler = self.sampler
+        try:
+            # One request at a time: the original scores whatever the dictionary holds, and asks the sampler for the
+            # logprobs of that request's rows.
+            for request_id in list(wanted):
+                params = self.requests[request_id].sampling_params
+                sampler.compute_logprobs = lambda logits, params=params: _filtered(logits, params, apply_top_k_top_p)
+                self.num_prompt_logprobs = {request_id: wanted[request_id]}
+                results.update(original(self, *args, **kwargs))
+                if request_id not in self.num_prompt_logprobs:
+                    del wanted[request_id]
+        finally:
+            self.num_prompt_logprobs = wanted
+            vars(sampler).pop("compute_logprobs", None)
+        return results
+
+    return _get_prompt_logprobs_dict
+
+
+# --- the self-test of a worker --------------------------------------------------------------------------------
+
+_VOCAB = 64
+_PROMPT, _OUTPUT = [3, 5, 7, 11], [5, 5, 13]
+# name -> vLLM's SamplingParams arguments; one batch holds them all, so that rows that leak into others are seen.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "T=0.7": {"temperature": 0.7},
+    "T=0.7 top-p 0.9": {"temperature": 0.7, "top_p": 0.9},
+    "top-k 9": {"top_k": 9},
+    "min-p 0.05": {"min_p": 0.05},
+    "T=0.8 top-k 30 top-p 0.85 min-p 0.1": {"temperature": 0.8, "top_k": 30, "top_p": 0.85, "min_p": 0.1},
+    "greedy with penalties": {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    "T=0.9 top-p 0.8 penalties and bias": {
+        "temperature": 0.9, "top_p": 0.8, "repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3,
+        "logit_bias": {2: 1.5, 9: -1.0},
+    },
+}  # fmt: skip
+
+
+def self_test_logits() -> Any:
+    """Synthetic logits, float32 [settings, vocab] on the CPU; the suite checks that no filter's edge is near a token."""
+    import torch
+
+    return torch.randn(len(_SETTINGS), _VOCAB, generator=torch.Generator().manual_seed(20250506)) * 2.5
+
+
+def _compare(name: str, found: Any, expected: Any) -> float:
+    import torch
+
+    found = found.detach().to("cpu", torch.float64)
+    if not torch.equal(found.isinf(), expected.isinf()):
+        raise CheckFailed(f"{name}: keeps {int(found.isfinite().sum())} tokens, V0 keeps {int(expected.isfinite().sum())}")
+    kept = expected.isfinite()
+    worst = float((found - expected)[kept].abs().max())
+    if not worst < 1e-4:
+        raise CheckFailed(f"{name}: logprobs differ from V0's by {worst:.2g}")
+    return worst
+
+
+def _worker(worker: Any) -> str:
+    import torch
+    from vllm import SamplingParams
+    from vllm.distributed import get_pp_group
+    from vllm.v1.sample.logits_processor import BatchUpdate, build_logitsprocs
+    from vllm.v1.sample.metadata import SamplingMetadata
+
+    from vllm_compat.v0_formula import Setting, processed_logprobs
+
+    if worker.vllm_config.speculative_config is not None:
+        raise CheckFailed("speculative decoding samples elsewhere and was not proven: turn it off")
+    if not get_pp_group().is_last_rank:
+        return "this pipeline stage does not sample"
+    runner, device, count = worker.model_runner, worker.device, len(_SETTINGS)
+    params = [SamplingParams(**{"max_tokens": 8, **given}) for given in _SETTINGS.values()]
+    processors = build_logitsprocs(worker.vllm_config, device, False, False)
+    added = [(row, given, _PROMPT, _OUTPUT) for row, given in enumerate(params)]
+    for processor in processors.all:
+        processor.update_state(BatchUpdate(batch_size=count, removed=[], added=added, moved=[]))
+
+    def column(name: str, dtype: Any = torch.float32) -> Any:
+        return torch.tensor([getattr(given, name) for given in params], dtype=dtype, device=device)
+
+    top_k = column("top_k", torch.int32)
+    metadata = SamplingMetadata(
+        temperature=column("temperature"), all_greedy=False, all_random=False, top_p=column("top_p"),
+        top_k=torch.where(top_k > 0, top_k, _VOCAB), generators={}, max_num_logprobs=-1, no_penalties=False,
+        prompt_token_ids=torch.tensor([_PROMPT] * count, device=device),
+        frequency_penalties=column("frequency_penalty"), presence_penalties=column("presence_penalty"),
+        repetition_penalties=column("repetition_penalty"), output_token_ids=[list(_OUTPUT) for _ in params],
+        allowed_token_ids_mask=None, bad_words_token_ids={}, logitsprocs=processors,
+    )  # fmt: skip
+    logits, worst = self_test_logits(), 0.0
+    # Eager: the real requests compile what they need later. The noise drawn here is given back.
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"), torch.inference_mode():
+        sampled = runner.sampler(logits=logits.to(device, copy=True), sampling_metadata=metadata).logprobs_tensors.logprobs
+        for row, (name, given) in enumerate(_SETTINGS.items()):
+            setting = Setting(**given)
+            worst = max(worst, _compare(name, sampled[row], processed_logprobs(logits[row], setting, _PROMPT, _OUTPUT)))
+            prompt = _prompt_rows(runner, device, logits.to(device), params[row])
+            for position in range(count - 1):
+                expected = processed_logprobs(logits[position], setting, prompt_row=True)
+                worst = max(worst, _compare(f"prompt row, {name}", prompt[position], expected))
+    return f"sampler and prompt rows, {count} settings in one batch, within {worst:.1g} of V0's formula"
+
+
+def _prompt_rows(runner: Any, device: Any, logits: Any, params: Any) -> Any:
+    """Score a made-up prompt through the runner class's own function. Returns logprobs [rows, vocab]."""
+    import torch
+
+    length = len(logits) + 1
+    request = SimpleNamespace(
+        prompt_token_ids=list(range(length)), in_progress_prompt_logprobs_cpu=None, num_computed_tokens=0, sampling_params=params
+    )
+    stand_in = SimpleNamespace(
+        num_prompt_logprobs={"probe": _VOCAB}, requests={"probe": request}, device=device, sampler=runner.sampler,
+        input_batch=SimpleNamespace(req_id_to_index={"probe": 0}), model_config=runner.model_config,
+        query_start_loc=SimpleNamespace(np=torch.zeros(1, dtype=torch.int64).numpy()),
+        model=SimpleNamespace(compute_logits=lambda hidden: hidden.clone()), _sync_device=runner._sync_device,
+    )  # fmt: skip
+    rows = type(runner)._get_prompt_logprobs_dict(stand_in, logits, {"probe": length})["probe"]
+    full = torch.full((length - 1, _VOCAB), -torch.inf)
+    return full.scatter_(1, rows.logprob_token_ids.long(), rows.logprobs)
+
+
+BEHAVIOR = Behavior(
+    name="processed_logprobs",
+    v0="logprobs of the distribution sampled from: penalties, temperature, top-k, top-p, then min-p; prompt rows too",
+    v1="log-softmax of the raw logits; by option processed, but min-p first and prompt rows raw",
+    cost="importance ratios and KL are computed from another distribution than the tokens were drawn from",
+    routes=(
+        engine_arg("logprobs_mode", "processed_logprobs"),
+        Patch(
+            name="min_p_last",
+            versions=V1_RELEASES,
+            role=Role.WORKER,
+            target=Target(path="vllm.v1.sample.sampler:Sampler.sample", params=("logits", "sampling_metadata")),
+            build=_build_sample,
+            upstream="vllm/v1/sample/sampler.py applies argmax-invariant processors before top-k/top-p",
+            remove_when="vLLM filters by min-p after top-k/top-p",
+        ),
+        Patch(
+            name="prompt_rows",
+            versions=V1_RELEASES,
+            role=Role.WORKER,
+            target=Target(
+                path="vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict",
+                params=("hidden_states", "num_scheduled_tokens"),
+            ),
+            build=_build_prompt,
+            upstream="https://github.com/vllm-project/vllm/issues/47680: prompt rows skip the sampling processors",
+            remove_when="logprobs_mode='processed_logprobs' covers prompt rows",
+        ),
+        Unsupported(
+            versions=V1_RELEASES,
+            runners=("v2",),
+            reason="Model Runner V2 scores prompts raw and filters by min-p first: let model_runner_v1 pin Model Runner V1",
+        ),
+    ),
+    checks=(Check(name="sampler", role=Role.WORKER, run=_worker),),
+    relies_on=(
+        Target(path="vllm.v1.sample.sampler:Sampler.compute_logprobs", params=("logits",)),
+        Target(path="vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p", params=("logits", "k", "p")),
+        Target(path="vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor.apply", params=("logits",)),
+    ),
+)

@@ -1,0 +1,127 @@
+"""``vllm-compat doctor``: what would be applied here and why, and what is in force in engines that run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_compat import profiles, report, settings, vllm_info
+from vllm_compat.behaviors import ALL, BY_NAME
+from vllm_compat.engine_hooks import FRAME
+from vllm_compat.errors import TargetError
+from vllm_compat.front import probe_all, supported_releases
+from vllm_compat.patching.model import UNSET, Native, State
+from vllm_compat.patching.probe import probe
+from vllm_compat.plan import KEY
+from vllm_compat.resolve import resolve, supported
+
+
+def add_arguments(commands: Any) -> None:
+    """Register the sub-command."""
+    lines = [f"  {name}" for name in settings.variables()]
+    parser = commands.add_parser(
+        "doctor",
+        help="what would be applied here, and what running engines report",
+        description="Reads files and the environment only; neither vllm nor torch is imported.",
+        epilog="environment variables:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", help="a model folder, to match a profile by its config.json")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the diagnosis; 1 where something would be refused, or a running engine is not proven."""
+    data = diagnose(args.model)
+    if args.json:
+        print(json.dumps(data, indent=2))
+    else:
+        print(_text(data))
+    return 1 if data["findings"] else 0
+
+
+def diagnose(model: str | None) -> dict[str, Any]:
+    """Everything doctor knows, as data."""
+    current, installed = settings.load(), vllm_info.installed()
+    findings: list[str] = []
+    data: dict[str, Any] = {"vllm": None, "profile": current.profile, "strict": current.strict, "behaviors": {}}
+    engines = report.running()
+    data.update(engines=engines, findings=findings)
+    if current.profile == "off":
+        data["note"] = "VLLM_COMPAT_PROFILE=off: vllm_compat does nothing here"
+        return data
+    if installed is None:
+        findings.append("vLLM is not installed in this environment: nothing to do here")
+        return data
+    data["vllm"] = installed.version
+    if not supported(ALL, installed.release):
+        findings.append(f"vLLM {installed.version} is not supported; supported: {', '.join(supported_releases())}")
+        return data
+    allowed = settings.vllm_plugins()
+    if allowed is not None and KEY not in allowed:
+        findings.append(
+            f"VLLM_PLUGINS={','.join(allowed)!r} excludes vllm_compat: `vllm serve` would run unpatched, and an engine "
+            f"made after `import vllm_compat` is refused. Add vllm_compat to it, or unset it."
+        )
+    profile, notes = profiles.choose(current.profile, _config(model))
+    user = {
+        route.option: value
+        for behavior in ALL
+        for route in behavior.routes
+        if isinstance(route, Native) and route.env and (value := route.read(settings.environ())) is not UNSET
+    }
+    plan = resolve(
+        ALL, version=installed.release, runner="v1", profile_name=profile.name, profile=profile.behaviors,
+        environment={name: getattr(current, name) for name in BY_NAME}, user=user, strict=current.strict,
+    )  # fmt: skip
+    wrong = probe_all(plan)
+    for patch in FRAME:
+        try:
+            if patch.name not in ("given", "given_async"):  # made by @dataclass: not in the source
+                probe(patch.target, installed.root, absent=patch.adds)
+        except TargetError as error:
+            findings.append(str(error))
+    for decision in plan.decisions:
+        state, reason = decision.state, decision.reason
+        if decision.behavior in wrong:
+            state, reason = State.FAILED, str(wrong[decision.behavior])
+        if state in (State.FAILED, State.UNSUPPORTED):
+            findings.append(f"{decision.behavior}: {reason}")
+        data["behaviors"][decision.behavior] = {
+            "state": state.value, "decided_by": decision.origin, "route": decision.route, "reason": reason,
+            "sets": list(decision.sets), "patches": list(decision.patches),
+        }  # fmt: skip
+    data.update(profile=profile.name, notes=list(notes) if model else ["no model given: `doctor MODEL` matches a profile"])
+    for engine in engines:
+        findings += [f"engine: {f['behavior']} in {f['process']}: {f['reason']}" for f in engine["failures"]]
+    return data
+
+
+def _config(model: str | None) -> dict[str, Any] | None:
+    if model is None:
+        return None
+    file = Path(model) / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _text(data: dict[str, Any]) -> str:
+    lines = [f"vLLM {data['vllm'] or 'not found'}, profile {data['profile']}, {'strict' if data['strict'] else 'not strict'}"]
+    if "note" in data:
+        lines.append(data["note"])
+    lines += [f"note: {note}" for note in data.get("notes", ())]
+    rows = [("behavior", "would be", "route", "decided by", "why")] if data["behaviors"] else []
+    for name, row in data["behaviors"].items():
+        does = [*row["sets"], *(f"patch {patch}" for patch in row["patches"])]
+        why = row["reason"] + (f"; {', '.join(does)}" if does else "")
+        rows.append((name, row["state"], row["route"], row["decided_by"], why))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)] if rows else []
+    lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths)) + "  " + row[4] for row in rows]
+    for engine in data["engines"]:
+        lines += ["", "running engine:", report.table(engine)]
+    lines += [f"FINDING: {finding}" for finding in data["findings"]]
+    if not data["findings"]:
+        lines.append("no findings" + ("" if data["engines"] else "; no engine of yours runs here now"))
+    return "\n".join(lines)

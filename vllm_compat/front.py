@@ -1,0 +1,215 @@
+"""The front: where an engine's configuration is made, its plan is decided, and V0's values go into the arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from packaging.version import Version
+
+from vllm_compat import bootstrap, profiles, settings, vllm_info
+from vllm_compat.behaviors import ALL, BY_NAME
+from vllm_compat.behaviors.fp32_lm_head import accepts as is_float32
+from vllm_compat.errors import (
+    PluginExcludedError,
+    TargetError,
+    UnsupportedBehaviorError,
+    UnsupportedVLLMError,
+    VllmCompatError,
+    VllmCompatWarning,
+)
+from vllm_compat.patching.model import UNSET, CheckFailed, Native, NotNeeded, Patch, State, Unsupported
+from vllm_compat.patching.probe import probe
+from vllm_compat.plan import KEY, Plan, PlanText
+from vllm_compat.resolve import resolve, routes, supported
+
+
+class UserArgs:
+    """The engine arguments as the user gave them: reading is plain, ``explicit`` asks who set a field, and what we
+    write is taken back when the configuration is made (the object is the user's, and vLLM may use it again)."""
+
+    def __init__(self, args: Any) -> None:
+        object.__setattr__(self, "_args", args)
+        object.__setattr__(self, "_before", {})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._args, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._before.setdefault(name, getattr(self._args, name))
+        setattr(self._args, name, value)
+
+    def restore(self) -> None:
+        """Take back everything that was written."""
+        for name, value in self._before.items():
+            setattr(self._args, name, value)
+
+    def explicit(self, name: str) -> Any:
+        """The value the user gave, or UNSET. A value equal to vLLM's default counts where it was named: in a call of
+        EngineArgs, in `LLM` where that does not pass the field by itself, or as a flag on the command line."""
+        value = getattr(self._args, name)
+        fields = {field.name: field for field in dataclasses.fields(self._args) if field.init}
+        field = fields[name]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value != default:
+            return value
+        given = vars(self._args).get("_vllm_compat_given", frozenset())
+        if name not in given:
+            return UNSET
+        if given >= set(fields):  # the command line passes every field
+            flag = "--" + name.replace("_", "-")
+            words = {word.partition("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")}
+            return value if flag in words else UNSET
+        llm = getattr(sys.modules.get("vllm.entrypoints.llm"), "LLM", None)
+        always = set(inspect.signature(llm.__init__).parameters) & set(fields) if llm else set()
+        return UNSET if name in always and given >= always else value
+
+
+def create_engine_config(engine_args: Any, original: Callable[[], Any]) -> Any:
+    """vLLM's own ``create_engine_config``, with the plan decided before and V0's values in force during it."""
+    if bootstrap.process.settings is None:
+        return original()
+    args = UserArgs(engine_args)
+    plan = decide(args)
+    seen: dict[str, str] = {}
+    try:
+        for decision in plan.decisions:
+            if not (decision.wanted and decision.sets):
+                continue
+            for native in _natives(decision.behavior, plan):
+                if native.value in decision.sets:
+                    try:
+                        shown = native.write(settings.environ() if native.env else args)
+                    except CheckFailed as failed:
+                        plan = plan.given_up(decision.behavior, State.UNSUPPORTED, str(failed))
+                        _refuse_or_warn(plan, UnsupportedBehaviorError(f"{decision.behavior}: {failed}"))
+                        break
+                    if shown:
+                        seen[decision.behavior] = shown
+        if not (args.additional_config is None or isinstance(args.additional_config, dict)):
+            raise UnsupportedBehaviorError(
+                f"additional_config is a {type(args.additional_config).__name__}, and vllm_compat's plan travels in it: "
+                f"pass a dict"
+            )
+        args.additional_config = {**(args.additional_config or {}), KEY: PlanText(plan.text())}
+        config = original()
+    finally:
+        args.restore()
+    plan = _as_made(plan, config)
+    config.additional_config[KEY] = PlanText(plan.text())
+    # Forked processes inherit this process's patches; engines inside it use them.
+    if not any(bootstrap.process.cores):
+        bootstrap.use(plan)
+    return config
+
+
+def decide(args: UserArgs) -> Plan:
+    """The plan for these arguments, refused where it cannot be had. Changes nothing."""
+    current, installed = bootstrap.process.settings, vllm_info.installed()
+    assert current is not None
+    assert installed is not None
+    if not supported(ALL, installed.release):
+        raise UnsupportedVLLMError(
+            f"vLLM {installed.version} is not supported by this vllm_compat: install one of "
+            f"{', '.join(supported_releases())}, or set VLLM_COMPAT_PROFILE=off to run it as it is"
+        )
+    notes: list[str] = []
+    allowed = settings.vllm_plugins()
+    if allowed is not None and KEY not in allowed:
+        problem = PluginExcludedError(
+            f"VLLM_PLUGINS={','.join(allowed)!r} keeps vLLM from loading vllm_compat in the processes it starts: "
+            f"add vllm_compat to it, or unset it"
+        )
+        if current.strict:
+            raise problem
+        notes.append(str(problem))
+        warnings.warn(str(problem), VllmCompatWarning, stacklevel=2)
+    chosen, profile_notes = profiles.choose(current.profile, model_config_json(args))
+    user = {}
+    for behavior in ALL:
+        for route in behavior.routes:
+            if isinstance(route, Native):
+                value = route.read(settings.environ() if route.env else args)
+                if value is not UNSET:
+                    user[route.option] = value
+    plan = resolve(
+        ALL,
+        version=installed.release,
+        runner="v1",
+        profile_name=chosen.name,
+        profile=chosen.behaviors,
+        environment={behavior.name: getattr(current, behavior.name) for behavior in ALL},
+        user=user,
+        strict=current.strict,
+        notes=(*notes, *profile_notes),
+    )
+    for name, error in probe_all(plan).items():
+        plan = plan.given_up(name, State.FAILED, str(error))
+        _refuse_or_warn(plan, error)
+    return plan
+
+
+def supported_releases() -> tuple[str, ...]:
+    """The version ranges of all routes, as written."""
+    return tuple(sorted({route.versions.removeprefix("==") for behavior in ALL for route in behavior.routes}))
+
+
+def probe_all(plan: Plan) -> dict[str, TargetError]:
+    """What of the plan's targets is not as declared in the installed sources, by behavior. Imports nothing."""
+    installed = vllm_info.installed()
+    assert installed is not None
+    wrong: dict[str, TargetError] = {}
+    for decision in plan.decisions:
+        behavior = BY_NAME[decision.behavior]
+        if not decision.wanted:
+            continue
+        targets = [patch.target for patch in behavior.patches() if patch.name in decision.patches]
+        for target in (*targets, *behavior.relies_on):
+            try:
+                probe(target, installed.root)
+            except TargetError as error:
+                wrong.setdefault(behavior.name, error)
+    return wrong
+
+
+def model_config_json(args: Any) -> dict[str, Any] | None:
+    """The model's config.json as vLLM finds it (a folder, the cache or the hub), or None."""
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    try:
+        found = get_hf_file_to_dict("config.json", args.hf_config_path or args.model, args.revision or "main")
+    except Exception as error:  # a missing model is vLLM's to report, in its own words
+        warnings.warn(f"vllm_compat could not read config.json of {args.model}: {error}", VllmCompatWarning, stacklevel=2)
+        return None
+    return dict(found) if found else None
+
+
+def _natives(behavior: str, plan: Plan) -> list[Native]:
+    return [r for r in routes(BY_NAME[behavior], Version(plan.vllm), plan.runner) if isinstance(r, Native)]
+
+
+def _as_made(plan: Plan, config: Any) -> Plan:
+    """What only the finished configuration shows: the runner vLLM insists on, and what a function made of the head."""
+    if getattr(config, "use_v2_model_runner", False):
+        plan = dataclasses.replace(plan, runner="v2")
+        for decision in plan.decisions:
+            found = routes(BY_NAME[decision.behavior], Version(plan.vllm), "v2")
+            if decision.wanted and not all(isinstance(route, (Native, Patch)) for route in found):
+                reason = next(route.reason for route in found if isinstance(route, (Unsupported, NotNeeded)))
+                plan = plan.given_up(decision.behavior, State.UNSUPPORTED, reason)
+                _refuse_or_warn(plan, UnsupportedBehaviorError(f"{decision.behavior}: {reason}"))
+    head, made = plan["fp32_lm_head"], config.model_config.head_dtype
+    if head.wanted and head.sets and not is_float32(made):
+        reason = f"your hf_overrides function sets head_dtype={made}; lost: {BY_NAME['fp32_lm_head'].cost}"
+        plan = plan.given_up("fp32_lm_head", State.OVERRIDDEN, reason, "engine argument")
+    return plan
+
+
+def _refuse_or_warn(plan: Plan, error: VllmCompatError) -> None:
+    if plan.strict:
+        raise error
+    warnings.warn(str(error), VllmCompatWarning, stacklevel=3)

@@ -1,0 +1,1 @@
+"""The machinery: declares, checks, puts in and takes out replacements. Knows Python, not vLLM."""

@@ -1,0 +1,92 @@
+"""PURE: settings, profile, version, runner and the user's own arguments in, a Plan out. All precedence is here.
+
+The user's engine argument beats the environment beats the profile beats the behavior's default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from vllm_compat.patching.model import Behavior, Native, NotNeeded, Patch, Route, State, Unsupported
+from vllm_compat.plan import Decision, Plan
+
+
+def routes(behavior: Behavior, version: Version, runner: str) -> tuple[Route, ...]:
+    """The behavior's routes for this release and runner; several natives and patches act together."""
+    return tuple(r for r in behavior.routes if runner in r.runners and version in SpecifierSet(r.versions, prereleases=True))
+
+
+def supported(behaviors: Sequence[Behavior], version: Version) -> bool:
+    """Whether any behavior has a route for this release at all."""
+    return any(routes(b, version, runner) for b in behaviors for runner in ("v0", "v1", "v2"))
+
+
+def resolve(
+    behaviors: Sequence[Behavior],
+    *,
+    version: Version,
+    runner: str,
+    profile_name: str = "default",
+    profile: Mapping[str, bool] | None = None,
+    environment: Mapping[str, bool | None] | None = None,
+    user: Mapping[str, Any] | None = None,
+    strict: bool = True,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """Decide every behavior. ``user`` maps a native route's ``option`` to the value the user gave explicitly."""
+    decisions = [
+        _decide(behavior, version, runner, profile_name, profile or {}, environment or {}, user or {}) for behavior in behaviors
+    ]
+    return Plan(
+        vllm=str(version), runner=runner, profile=profile_name, strict=strict, decisions=tuple(decisions), notes=tuple(notes)
+    )
+
+
+def _decide(
+    behavior: Behavior,
+    version: Version,
+    runner: str,
+    profile_name: str,
+    profile: Mapping[str, bool],
+    environment: Mapping[str, bool | None],
+    user: Mapping[str, Any],
+) -> Decision:
+    wanted, origin, said = behavior.default, "default", "on by default" if behavior.default else "off by default"
+    if behavior.name in profile:
+        wanted, origin = profile[behavior.name], "profile"
+        said = f"profile {profile_name} says {'on' if wanted else 'off'}"
+    chosen = environment.get(behavior.name)
+    if chosen is not None:
+        wanted, origin, said = chosen, "environment", f"{behavior.variable}={int(chosen)}"
+
+    def decision(state: State, reason: str, **more: Any) -> Decision:
+        return Decision(behavior=behavior.name, state=state, origin=more.pop("by", origin), reason=reason, **more)
+
+    if not wanted:
+        return decision(State.DISABLED, f"{said}; lost: {behavior.cost}")
+    found = routes(behavior, version, runner)
+    natives = [route for route in found if isinstance(route, Native)]
+    patches = tuple(route.name for route in found if isinstance(route, Patch))
+    given = [(native, user[native.option]) for native in natives if native.option in user]
+    for native, value in given:
+        if not native.accepts(value):
+            reason = f"you set {native.option}={value!r}; lost: {behavior.cost}"
+            return decision(State.OVERRIDDEN, reason, by="environment" if native.env else "engine argument")
+    for route in found:
+        if isinstance(route, NotNeeded):
+            return decision(State.NOT_NEEDED, route.reason)
+        if isinstance(route, Unsupported):
+            return decision(State.UNSUPPORTED, route.reason)
+    if not found:
+        return decision(State.UNSUPPORTED, f"no route for vLLM {version} with model runner {runner}")
+    if given and len(given) == len(natives):
+        option, value = given[0][0].option, given[0][1]
+        by = "environment" if given[0][0].env else "engine argument"
+        state = State.PENDING if patches else State.NATIVE
+        return decision(state, f"you set {option}={value!r}, which is V0's", by=by, patches=patches)
+    sets = tuple(native.value for native in natives if native.option not in user)
+    return decision(State.PENDING if patches else State.NATIVE, said, sets=sets, patches=patches)

@@ -1,0 +1,86 @@
+"""Every ``VLLM_COMPAT_*`` variable, in one place. The only reader of the environment."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import MutableMapping
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from vllm_compat.errors import SettingsError
+
+PREFIX = "VLLM_COMPAT_"
+
+
+class Settings(BaseSettings):
+    """The variables with their meaning. Behaviors are unset (``None``) unless named: profile and default decide."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", use_attribute_docstrings=True)
+
+    profile: str = Field(default="auto", min_length=1)
+    """A profile's name, a path to a TOML file, ``auto`` (match by model) or ``off`` (vllm_compat does nothing)."""
+
+    strict: bool = True
+    """Raise where V0-equivalence cannot be had or proven (1), or warn and go on with named states (0)."""
+
+    report_dir: str | None = None
+    """Folder for the reports of running engines, which ``vllm-compat doctor`` reads. Default: below the temporary folder."""
+
+    model_runner_v1: bool | None = None
+    """Pin Model Runner V1."""
+
+    processed_logprobs: bool | None = None
+    """Logprobs of the distribution sampled from, prompt rows included, V0's order of filters."""
+
+    no_prefix_caching: bool | None = None
+    """No KV blocks shared between requests."""
+
+    no_async_scheduling: bool | None = None
+    """No step scheduled ahead."""
+
+    fp32_lm_head: bool | None = None
+    """Logits in float32."""
+
+    synchronized_weight_update: bool | None = None
+    """`vllm_compat.weight_update(engine)`: all parameters between two steps."""
+
+    unshared_engine_seed: bool | None = None
+    """A fresh seed per engine where the user gave none."""
+
+
+def variables() -> tuple[str, ...]:
+    """The names of all variables we know."""
+    return tuple(PREFIX + name.upper() for name in Settings.model_fields)
+
+
+def load() -> Settings:
+    """Read the environment. Raises SettingsError for an unknown variable or a value that does not parse."""
+    known = variables()
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
+            raise SettingsError(
+                f"unknown environment variable {name}; did you mean {close[0]}? Known: {', '.join(known)}. Correct or unset it."
+            )
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = PREFIX + str(first["loc"][0]).upper()
+        raise SettingsError(
+            f"{name}={os.environ.get(name, '')!r}: {first['msg']}. Use 0 or 1 for a switch (or unset it); "
+            f"`vllm-compat doctor --help` lists the variables."
+        ) from None
+
+
+def vllm_plugins() -> tuple[str, ...] | None:
+    """vLLM's own ``VLLM_PLUGINS``, read as vLLM does: unset loads every plugin, else exact names, comma-separated."""
+    value = os.environ.get("VLLM_PLUGINS")
+    return None if value is None else tuple(value.split(","))
+
+
+def environ() -> MutableMapping[str, str]:
+    """The process environment, for behaviors whose route is one of vLLM's own variables."""
+    return os.environ

@@ -1,0 +1,103 @@
+"""`weight_update`: V0's lock around an in-flight weight update."""
+
+from __future__ import annotations
+
+import weakref
+from types import TracebackType
+from typing import Any
+
+from vllm_compat.errors import WeightUpdateError
+from vllm_compat.patching.model import State
+from vllm_compat.plan import of
+
+_updating: weakref.WeakSet[Any] = weakref.WeakSet()
+_HOW = "mode='keep', clear_cache=False"
+
+
+class weight_update:
+    """Hold an engine between two steps while the weights change: ``with`` for `LLM` and `LLMEngine`, ``async with``
+    for `AsyncLLM`. The block runs the user's own transport, usually ``engine.collective_rpc(...)``.
+
+    Inside the block no step runs on any rank and none starts. Running requests keep their KV cache and continue
+    after it: token k comes from the old weights, token k+1 from the new. New requests wait. No cache is cleared.
+
+    Raises WeightUpdateError where the engine is not under vllm_compat, the behavior is off, another update is under
+    way, or the engine does not come to rest. If the block raises, the weights may be mixed: the exception goes on, and
+    the engine stays paused, with all requests kept, until an update succeeds.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = getattr(engine, "llm_engine", engine)
+        self._async = hasattr(self.engine, "pause_generation")
+
+    def __enter__(self) -> weight_update:
+        if self._async:
+            raise WeightUpdateError("this engine is asynchronous: write `async with vllm_compat.weight_update(engine):`")
+        self._begin()
+        try:
+            self._call("pause_scheduler", "keep", False)
+            self._rest(self._call("is_scheduler_paused"))
+        except BaseException:
+            _updating.discard(self.engine)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _updating.discard(self.engine)
+        if error is None:
+            self._call("resume_scheduler")
+        else:
+            _say_paused(error)
+
+    async def __aenter__(self) -> weight_update:
+        if not self._async:
+            raise WeightUpdateError("this engine is synchronous: write `with vllm_compat.weight_update(engine):`")
+        from vllm_compat.proof import prove_async
+
+        await prove_async(self.engine)
+        self._begin()
+        try:
+            await self.engine.pause_generation(mode="keep", clear_cache=False)
+            self._rest(await self.engine.is_paused())
+        except BaseException:
+            _updating.discard(self.engine)
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _updating.discard(self.engine)
+        if error is None:
+            await self.engine.resume_generation()
+        else:
+            _say_paused(error)
+
+    def _begin(self) -> None:
+        config = getattr(self.engine, "vllm_config", None)
+        plan = of(config) if config is not None else None
+        if plan is None:
+            raise WeightUpdateError(
+                f"{type(self.engine).__name__} is not an engine under vllm_compat: import vllm_compat before it is made"
+            )
+        decision = plan["synchronized_weight_update"]
+        if decision.state is not State.NATIVE:
+            raise WeightUpdateError(f"synchronized_weight_update is {decision.state.value}: {decision.reason}")
+        if self.engine in _updating:
+            raise WeightUpdateError("another weight update of this engine is under way: one at a time")
+        _updating.add(self.engine)
+
+    def _call(self, method: str, *args: Any) -> Any:
+        client = self.engine.engine_core
+        if hasattr(client, "call_utility"):
+            return client.call_utility(method, *args)
+        return getattr(client.engine_core, method)(*args)
+
+    def _rest(self, paused: bool) -> None:
+        if not paused:
+            raise WeightUpdateError(f"the engine did not pause ({_HOW}): nothing was changed")
+
+
+def _say_paused(error: BaseException) -> None:
+    error.add_note(
+        "vllm_compat: the weight update did not finish, so the engine stays paused with its requests kept. Run a complete "
+        "update in a new `weight_update` block to go on, or shut the engine down."
+    )
