@@ -29,7 +29,13 @@ from vllm_compat.errors import RecordingError
 
 FORMAT, VERSION = "vllm_compat.recording", "1"
 
-PROMPTS = ("The answer is", "def add(a, b):\n    return", "3 + 4 * 2 =", "Once upon a time there was a")
+# The second and fourth are longer than a KV block of 32 bytes-as-tokens, so that chunks and cache hits occur.
+PROMPTS = (
+    "The answer is",
+    "def add(a, b):\n    return a + b\n\nadd(1, 2)",
+    "3 + 4 * 2 =",
+    "Once upon a time there was a small model that",
+)
 PROMPT_ROWS = 2  # how many of the prompts also have their own rows scored
 
 # Settings: name -> vLLM SamplingParams arguments. Token ids are below 256, so that they are bytes in the tiny model.

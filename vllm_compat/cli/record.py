@@ -85,8 +85,10 @@ def _record(args: argparse.Namespace, prompts: tuple[str, ...]) -> recording.Rec
             where.append((s, p))
     print(f"recording {len(requests)} requests on vLLM {vllm.__version__}", file=sys.stderr)
     tensors: dict[str, Any] = {}
+    cached = 0
     for (s, p), output in zip(where, engine.generate(requests, params, use_tqdm=False)):
         best = output.outputs[0]
+        cached += output.num_cached_tokens or 0
         tensors[f"{s}/{p}/tokens"] = np.array(best.token_ids, dtype=np.int32)
         tensors[f"{s}/{p}/logprobs"] = recording.dense(best.logprobs, vocab)
         tensors[f"{s}/{p}/cumulative"] = np.array([best.cumulative_logprob], dtype=np.float64)
@@ -104,6 +106,7 @@ def _record(args: argparse.Namespace, prompts: tuple[str, ...]) -> recording.Rec
             "vllm": installed.version if installed else vllm.__version__,
             "engine": _engine_kind(engine),
             "dtype": args.dtype,
+            "cached_prompt_tokens": cached,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
             "torch": torch.__version__,
             "python": platform.python_version(),

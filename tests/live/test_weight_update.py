@@ -1,0 +1,141 @@
+"""`weight_update`: token k from the old weights, token k+1 from the new over the kept KV cache, to float32 precision."""
+
+from __future__ import annotations
+
+import pytest
+from make_model import make
+from replay import expected_logprobs
+
+ASYNC = """
+import asyncio, json, sys
+import vllm_compat
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+async def main(old, new, count=8):
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=old, dtype="float32", enforce_eager=True, max_model_len=512))
+    got = {}
+
+    async def ask(name, tokens):
+        params = SamplingParams(temperature=1.0 if name != "0" else 0.0, max_tokens=tokens, ignore_eos=True, logprobs=0)
+        async for out in engine.generate({"prompt_token_ids": [7, 20 + len(got), 33]}, params, name):
+            got[name] = out
+
+    def lengths():
+        return {name: len(out.outputs[0].token_ids) for name, out in got.items()}
+
+    running = [asyncio.create_task(ask(str(i), 240)) for i in range(count)]
+    while len(got) < count or min(lengths().values()) < 30:
+        await asyncio.sleep(0.01)
+    refused = {}
+    try:
+        with vllm_compat.weight_update(engine):
+            pass
+    except vllm_compat.VllmCompatError as error:
+        refused["with"] = str(error)
+    async with vllm_compat.weight_update(engine):
+        await asyncio.sleep(0.1)  # outputs of the last step reach this process
+        changed_at = lengths()
+        running.append(asyncio.create_task(ask("late", 20)))
+        try:
+            async with vllm_compat.weight_update(engine):
+                pass
+        except vllm_compat.VllmCompatError as error:
+            refused["second"] = str(error)
+        await asyncio.sleep(0.5)
+        moved = lengths() != changed_at
+        await engine.collective_rpc("reload_weights", kwargs={"weights_path": new})
+        await asyncio.sleep(0.2)
+        moved = moved or lengths() != changed_at
+    await asyncio.gather(*running)
+    status = (await vllm_compat.status(engine)).to_dict()
+    requests = {
+        name: {"prompt": out.prompt_token_ids, "tokens": list(out.outputs[0].token_ids), "changed_at": changed_at.get(name, 0),
+               "logprobs": [row[token].logprob for row, token in zip(out.outputs[0].logprobs, out.outputs[0].token_ids)]}
+        for name, out in got.items()
+    }
+    print("RESULT " + json.dumps({"moved": moved, "refused": refused, "proven": status["proven"], "requests": requests}))
+    engine.shutdown()
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
+"""
+
+SYNC = """
+import json, sys
+import vllm_compat
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    old, new = sys.argv[1:]
+    llm = LLM(model=old, dtype="float32", enforce_eager=True, max_model_len=512)
+    engine = llm.llm_engine
+    got, changed_at, refused = {}, {}, {}
+    for i in range(4):
+        params = SamplingParams(temperature=1.0, max_tokens=120, ignore_eos=True, logprobs=0)
+        engine.add_request(str(i), {"prompt_token_ids": [9, 40 + i, 12]}, params)
+
+    def step():
+        for out in engine.step():
+            got[out.request_id] = out
+
+    while len(got) < 4 or min(len(o.outputs[0].token_ids) for o in got.values()) < 20:
+        step()
+    try:
+        with vllm_compat.weight_update(llm):
+            raise RuntimeError("the trainer's transport broke")
+    except RuntimeError as error:
+        refused["notes"] = error.__notes__
+    refused["paused"] = engine.engine_core.call_utility("is_scheduler_paused")
+    with vllm_compat.weight_update(llm):
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": new})
+    while engine.has_unfinished_requests():
+        step()
+    requests = {
+        name: {"prompt": out.prompt_token_ids, "tokens": list(out.outputs[0].token_ids),
+               "logprobs": [row[token].logprob for row, token in zip(out.outputs[0].logprobs, out.outputs[0].token_ids)]}
+        for name, out in got.items()
+    }
+    print("RESULT " + json.dumps({"refused": refused, "requests": requests}))
+"""
+
+
+def _worst(old, new, request, changed_at) -> float:
+    expected = expected_logprobs(old, new, request["prompt"], request["tokens"], changed_at)
+    return max(abs(a - b) for a, b in zip(expected, request["logprobs"], strict=True))
+
+
+@pytest.fixture(scope="module")
+def new_weights(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("new"), seed=1)
+
+
+def test_async_llm(run_python, model, new_weights) -> None:
+    """Eight requests in flight: every logprob is exact, a request that came meanwhile waited, nothing moved inside."""
+    found = run_python(ASYNC, str(model), str(new_weights)).ok().result
+    assert found["proven"]
+    assert not found["moved"]
+    assert "async with" in found["refused"]["with"]
+    assert "one at a time" in found["refused"]["second"]
+    assert set(found["requests"]) == {*(str(i) for i in range(8)), "late"}
+    for name, request in found["requests"].items():
+        at = request["changed_at"]
+        assert len(request["tokens"]) == (20 if name == "late" else 240)
+        assert _worst(model, new_weights, request, at) < 1e-4, name
+        if at:  # the negative control: one token later or earlier is not what happened
+            assert _worst(model, new_weights, request, at + 1) > 1e-3, name
+            assert _worst(model, new_weights, request, at - 1) > 1e-3, name
+
+
+def test_llm(run_python, model, new_weights) -> None:
+    """`LLM`: the change falls between two tokens of each request; a broken update leaves the engine paused and says so."""
+    found = run_python(SYNC, str(model), str(new_weights)).ok().result
+    assert found["refused"]["paused"]
+    assert "stays paused" in found["refused"]["notes"][0]
+    for request in found["requests"].values():
+        assert len(request["tokens"]) == 120
+        worst = {at: _worst(model, new_weights, request, at) for at in range(15, 60)}
+        best = min(worst, key=worst.get)
+        assert worst[best] < 1e-4
+        assert sorted(worst.values())[1] > 1e-3  # no other place explains it

@@ -1,0 +1,42 @@
+"""What tests share: the shipped model and reference, a clean environment, and what a child process did."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PARITY = ROOT / "examples" / "v0_parity"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a child process did. ``result`` is the JSON after the last line that starts with RESULT."""
+
+    code: int
+    text: str
+
+    @property
+    def result(self) -> dict:
+        lines = [line for line in self.text.splitlines() if line.startswith("RESULT ")]
+        assert lines, self.text[-6000:]
+        return json.loads(lines[-1].removeprefix("RESULT "))
+
+    def ok(self) -> Ran:
+        assert self.code == 0, self.text[-6000:]
+        return self
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """This process's environment without anything that speaks to vllm_compat or vLLM's plugins."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_COMPAT_") and k != "VLLM_PLUGINS"}
+    return {
+        **kept,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONWARNINGS": "default",
+        **more,
+    }
