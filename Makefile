@@ -19,7 +19,7 @@ $(VENV)/.ready: tests/requirements-cpu.txt pyproject.toml
 	@echo "installing torch 2.13.0 and vLLM 0.32.0 for the CPU into $(VENV) (about two minutes)"
 	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-cpu.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation ./tests/vllm_metadata -e .
 	touch $@
 
 demo: setup

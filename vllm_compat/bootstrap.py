@@ -96,14 +96,18 @@ def _hang(patch: Patch, key: str, table: dict[str, Entry | TargetError]) -> None
     generation, frame = process.generation, table is process.frame
 
     def hook(module: ModuleType) -> None:
-        # A hook never raises: what went wrong is a state, and the proof decides.
         if process.settings is None or key in table or (not frame and generation != process.generation):
             return
         installed = vllm_info.installed()
+        root = None if frame or installed is None else str(installed.root)
         try:
-            table[key] = replace.install(module, patch, str(installed.root) if installed else None)
+            table[key] = replace.install(module, patch, root)
         except TargetError as error:
+            # A hook does not raise, since that aborts vLLM's import: what went wrong is a state, and the proof decides.
+            # But without the frame there is no proof, and silence would be an unpatched engine.
             table[key] = error
+            if frame and process.settings.strict:
+                raise
 
     hooks.when_imported(patch.target.module, hook)
 
@@ -129,7 +133,9 @@ def _refuse_running_engines() -> None:
         return
     import gc
 
-    if any(isinstance(thing, classes) for thing in gc.get_objects()):
+    # An engine core freezes the garbage collector's view of its process, but one inside this process leaves a group.
+    inside = getattr(sys.modules.get("vllm.distributed.parallel_state"), "_WORLD", None) is not None
+    if inside or any(isinstance(thing, classes) for thing in gc.get_objects()):
         raise TooLateError(
             "an engine already runs in this process, unpatched: import vllm_compat before the engine is made, or set "
             "VLLM_COMPAT_PROFILE=auto in the environment"

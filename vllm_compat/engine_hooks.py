@@ -6,6 +6,7 @@ token, and give the engine core and the workers a method that answers.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from vllm_compat.patching.model import Patch, Role, Target
@@ -30,6 +31,17 @@ def _remember_given(original: Any, module: Any) -> Any:
         original(self, *args, **kwargs)
 
     return __init__
+
+
+def _from_command_line(original: Any, module: Any) -> Any:
+    def from_cli_args(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        made = original(cls, *args, **kwargs)
+        # vLLM passes every field the parser knows: named are those whose flag the user typed
+        typed = {word.partition("=")[0][2:].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+        made.__dict__["_vllm_compat_given"] = frozenset(typed)
+        return made
+
+    return from_cli_args
 
 
 def _llm_engine(original: Any, module: Any) -> Any:
@@ -108,6 +120,7 @@ FRAME: tuple[Patch, ...] = (
     _patch("engine_config", Role.FRONT, "vllm.engine.arg_utils:EngineArgs.create_engine_config", _create_engine_config),
     _patch("given", Role.FRONT, "vllm.engine.arg_utils:EngineArgs.__init__", _remember_given),
     _patch("given_async", Role.FRONT, "vllm.engine.arg_utils:AsyncEngineArgs.__init__", _remember_given),
+    _patch("given_cli", Role.FRONT, "vllm.engine.arg_utils:EngineArgs.from_cli_args", _from_command_line),
     _patch("llm_engine", Role.FRONT, "vllm.v1.engine.llm_engine:LLMEngine.__init__", _llm_engine, "vllm_config"),
     _patch("async_llm", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.__init__", _async_llm, "vllm_config"),
     _patch("first_request", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.add_request", _proven_first),

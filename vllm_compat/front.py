@@ -58,12 +58,8 @@ class UserArgs:
         if value != default:
             return value
         given = vars(self._args).get("_vllm_compat_given", frozenset())
-        if name not in given:
+        if name not in given or given >= set(fields):  # all of them: copied from another object, nobody named one
             return UNSET
-        if given >= set(fields):  # the command line passes every field
-            flag = "--" + name.replace("_", "-")
-            words = {word.partition("=")[0].replace("_", "-") for word in sys.argv[1:] if word.startswith("--")}
-            return value if flag in words else UNSET
         llm = getattr(sys.modules.get("vllm.entrypoints.llm"), "LLM", None)
         always = set(inspect.signature(llm.__init__).parameters) & set(fields) if llm else set()
         return UNSET if name in always and given >= always else value
@@ -75,7 +71,6 @@ def create_engine_config(engine_args: Any, original: Callable[[], Any]) -> Any:
         return original()
     args = UserArgs(engine_args)
     plan = decide(args)
-    seen: dict[str, str] = {}
     try:
         for decision in plan.decisions:
             if not (decision.wanted and decision.sets):
@@ -83,13 +78,11 @@ def create_engine_config(engine_args: Any, original: Callable[[], Any]) -> Any:
             for native in _natives(decision.behavior, plan):
                 if native.value in decision.sets:
                     try:
-                        shown = native.write(settings.environ() if native.env else args)
+                        native.write(settings.environ() if native.env else args)
                     except CheckFailed as failed:
                         plan = plan.given_up(decision.behavior, State.UNSUPPORTED, str(failed))
                         _refuse_or_warn(plan, UnsupportedBehaviorError(f"{decision.behavior}: {failed}"))
                         break
-                    if shown:
-                        seen[decision.behavior] = shown
         if not (args.additional_config is None or isinstance(args.additional_config, dict)):
             raise UnsupportedBehaviorError(
                 f"additional_config is a {type(args.additional_config).__name__}, and vllm_compat's plan travels in it: "

@@ -76,6 +76,8 @@ def _decide(
         if not native.accepts(value):
             reason = f"you set {native.option}={value!r}; lost: {behavior.cost}"
             return decision(State.OVERRIDDEN, reason, by="environment" if native.env else "engine argument")
+    # A variable that already holds V0's value may be ours: processes inherit what their parent set for them.
+    given = [(native, value) for native, value in given if not native.env]
     for route in found:
         if isinstance(route, NotNeeded):
             return decision(State.NOT_NEEDED, route.reason)
@@ -85,8 +87,7 @@ def _decide(
         return decision(State.UNSUPPORTED, f"no route for vLLM {version} with model runner {runner}")
     if given and len(given) == len(natives):
         option, value = given[0][0].option, given[0][1]
-        by = "environment" if given[0][0].env else "engine argument"
         state = State.PENDING if patches else State.NATIVE
-        return decision(state, f"you set {option}={value!r}, which is V0's", by=by, patches=patches)
-    sets = tuple(native.value for native in natives if native.option not in user)
+        return decision(state, f"you set {option}={value!r}, which is V0's", by="engine argument", patches=patches)
+    sets = tuple(native.value for native in natives if native.env or native.option not in user)
     return decision(State.PENDING if patches else State.NATIVE, said, sets=sets, patches=patches)

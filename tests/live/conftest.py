@@ -42,11 +42,19 @@ def reference() -> recording.Recording:
 def record(tmp_path_factory: pytest.TempPathFactory, reference: recording.Recording) -> Callable[..., Recorded]:
     """Run `vllm-compat record` on the shipped model and compare with V0."""
 
-    def run(profile: str, environment: dict[str, str] | None = None, **engine_args: object) -> Recorded:
+    def run(profile: str, *flags: str, environment: dict[str, str] | None = None, **engine_args: object) -> Recorded:
         folder = tmp_path_factory.mktemp("recording")
         out, status = folder / "out.safetensors", folder / "status.json"
         command = [sys.executable, "-m", "vllm_compat", "record", str(PARITY / "model"), "--out", str(out)]
-        command += ["--profile", profile, "--status", str(status), "--engine-args", json.dumps(engine_args)]
+        command += [
+            "--profile",
+            profile,
+            "--status",
+            str(status),
+            "--engine-args",
+            json.dumps({"gpu_memory_utilization": 0.3, **engine_args}),
+            *flags,
+        ]
         done = subprocess.run(
             command,
             env=clean_environment(**(environment or {})),

@@ -80,7 +80,7 @@ def test_the_hand_made_recipe_is_not_enough(record) -> None:
 def test_chunked_and_cached_prompts_and_your_own_arguments(record, reference) -> None:
     """Prompts scored in chunks of 16 tokens, with prefix caching switched on by the user: same values; the report names
     who decided and what it costs."""
-    recorded = record("auto", enable_prefix_caching=True, block_size=32, max_num_batched_tokens=16, max_num_seqs=16)
+    recorded = record("auto", "--unseeded", enable_prefix_caching=True, block_size=32, max_num_batched_tokens=16, max_num_seqs=16)
     assert_restored(recorded, reference)
     assert recorded.found.header["made_by"]["cached_prompt_tokens"] > 0
     row = recorded.status["behaviors"]["no_prefix_caching"]
@@ -91,7 +91,7 @@ def test_chunked_and_cached_prompts_and_your_own_arguments(record, reference) ->
 
 def test_tensor_parallel(record, reference) -> None:
     """TP=2: both ranks prove their own sampler and their own shard of the head, and the rollouts are V0's."""
-    recorded = record("auto", {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2)
+    recorded = record("auto", environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2)
     assert_restored(recorded, reference)
     assert [(p["role"], p["rank"]) for p in recorded.status["processes"]][2:] == [("worker", 0), ("worker", 1)]
     heads = recorded.status["behaviors"]["fp32_lm_head"]["evidence"]

@@ -30,7 +30,7 @@ INERT = (
     OUTPUT
     + """
 if __name__ == "__main__":
-    llm = LLM(model=sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=128)
+    llm = LLM(model=sys.argv[1], dtype="bfloat16", enforce_eager=True, gpu_memory_utilization=0.3, max_model_len=128)
     loaded = sorted(m for m in sys.modules if m.split(".")[0] == "vllm_compat")
     print("RESULT " + json.dumps({"out": answer(llm), "loaded": loaded}))
 """
@@ -53,7 +53,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
 
 if __name__ == "__main__":
-    args = EngineArgs(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128)
+    args = EngineArgs(model=sys.argv[1], dtype="float32", enforce_eager=True, gpu_memory_utilization=0.3, max_model_len=128)
     config = args.create_engine_config()
     assert args.enable_prefix_caching is None and args.logprobs_mode == "raw_logprobs" and args.seed == 0, "user's object changed"
     # the CPU platform asks for spawn; a GPU's default is fork
@@ -97,7 +97,7 @@ def _free_port() -> int:
 
 def _serve(model: Path, log: Path, port: int, *flags: str, **environment: str) -> subprocess.Popen:
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "256", *flags]
+    command += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "256", "--gpu-memory-utilization", "0.3", *flags]
     with log.open("w") as sink:
         return subprocess.Popen(
             command, env=clean_environment(**environment), stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
@@ -170,7 +170,7 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     outs = []
     for _ in range(2):
-        llm = LLM(model=sys.argv[1], enforce_eager=True, max_model_len=128)
+        llm = LLM(model=sys.argv[1], enforce_eager=True, gpu_memory_utilization=0.3, max_model_len=128)
         (out,) = llm.generate(["abc"], SamplingParams(max_tokens=24, ignore_eos=True), use_tqdm=False)
         outs.append([list(out.outputs[0].token_ids), vllm_compat.status(llm).to_dict()["behaviors"]["unshared_engine_seed"]])
         llm.llm_engine.engine_core.shutdown()

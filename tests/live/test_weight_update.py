@@ -14,7 +14,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
 async def main(old, new, count=8):
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=old, dtype="float32", enforce_eager=True, max_model_len=512))
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=old, dtype="float32", enforce_eager=True, gpu_memory_utilization=0.3, max_model_len=512))
     got = {}
 
     async def ask(name, tokens):
@@ -69,7 +69,7 @@ from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     old, new = sys.argv[1:]
-    llm = LLM(model=old, dtype="float32", enforce_eager=True, max_model_len=512)
+    llm = LLM(model=old, dtype="float32", enforce_eager=True, gpu_memory_utilization=0.3, max_model_len=512)
     engine = llm.llm_engine
     got, changed_at, refused = {}, {}, {}
     for i in range(4):

@@ -24,7 +24,7 @@ from vllm_compat.patching.model import Behavior, Check, CheckFailed, Native, Pat
 _REPLICA_STRIDE = 1_000_003
 
 
-def _write(args: Any) -> str:
+def _write(args: Any) -> None:
     if (args.distributed_executor_backend == "external_launcher" or args.nnodes > 1) and (
         args.tensor_parallel_size * args.pipeline_parallel_size > 1
     ):
@@ -35,7 +35,6 @@ def _write(args: Any) -> str:
             "pass seed=<your own> to every rank"
         )
     args.seed = secrets.randbelow(2**31 - 1) + 1
-    return f"seed={args.seed}"
 
 
 def _build(original: Any, module: Any) -> Any:

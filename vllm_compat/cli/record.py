@@ -29,6 +29,9 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--profile", default="off", help="off (default): the engine as it is; else as VLLM_COMPAT_PROFILE")
     parser.add_argument("--prompts", type=Path, help="a text file, one prompt a line (default: four built-in prompts)")
     parser.add_argument("--engine-args", default="{}", metavar="JSON", help="more arguments for vLLM's LLM(...)")
+    parser.add_argument(
+        "--unseeded", action="store_true", help="give requests no seed (vLLM 0.32 on the CPU stops at a chunked prompt with one)"
+    )
     parser.add_argument("--status", type=Path, help="also write the engine's status as JSON (with --profile)")
     parser.set_defaults(run=run)
 
@@ -80,7 +83,9 @@ def _record(args: argparse.Namespace, prompts: tuple[str, ...]) -> recording.Rec
                 more["logit_bias"] = {int(token): bias for token, bias in more["logit_bias"].items()}
             more.setdefault("max_tokens", 1)
             scored = vocab if p < recording.PROMPT_ROWS else None
-            params.append(vllm.SamplingParams(**more, seed=1000 * s + p, logprobs=vocab, prompt_logprobs=scored))
+            params.append(
+                vllm.SamplingParams(**more, seed=None if args.unseeded else 1000 * s + p, logprobs=vocab, prompt_logprobs=scored)
+            )
             requests.append({"prompt_token_ids": prompt})
             where.append((s, p))
     print(f"recording {len(requests)} requests on vLLM {vllm.__version__}", file=sys.stderr)

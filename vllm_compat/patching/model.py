@@ -69,15 +69,15 @@ class Native(Route):
     """vLLM has an option for it.
 
     ``read(args)`` gives the user's explicit value or `UNSET`; ``write(args)`` puts V0's value into the
-    engine arguments and returns what to show in the report; ``accepts(value)`` says whether a user's
-    explicit value already means V0. ``env`` is set in the environment of the engine's processes instead
+    engine arguments, or raises CheckFailed where that cannot be; ``accepts(value)`` says whether a user's explicit value
+    already means V0. ``env`` is set in the environment of the engine's processes instead
     of an engine argument (``read`` then gets the environment).
     """
 
     option: str
     value: str
     read: Callable[[Any], Any]
-    write: Callable[[Any], str | None]
+    write: Callable[[Any], None]
     accepts: Callable[[Any], bool]
     env: bool = False
 

@@ -21,7 +21,8 @@ def install(module: types.ModuleType, patch: Patch, library_root: str | None) ->
     """Replace ``patch.target`` in an imported module.
 
     Raises TargetMissingError, TargetChangedError or PatchConflictError, with nothing changed.
-    ``library_root`` is the folder the original must come from; ``None`` skips that check.
+    ``library_root`` is the folder the original must come from, since what a replacement does to somebody else's code
+    cannot be proven; ``None`` wraps whatever is there, for replacements that only act before and after it.
     """
     *path, attribute = patch.target.qualname.split(".")
     owner: Any = module
@@ -41,8 +42,6 @@ def install(module: types.ModuleType, patch: Patch, library_root: str | None) ->
         raise TargetMissingError(patch.target.path, f"there is no {attribute}")
     kind = type(raw) if isinstance(raw, (staticmethod, classmethod)) else None
     original = raw.__func__ if kind else raw
-    if not isinstance(original, types.FunctionType):
-        raise PatchConflictError(patch.target.path, _origin(original))
     if library_root is not None and not _inside(original, owner, library_root):
         raise PatchConflictError(patch.target.path, _origin(original))
     missing = set(patch.target.params) - set(inspect.signature(original, follow_wrapped=False).parameters)
@@ -84,7 +83,9 @@ def in_place(entry: Entry) -> bool:
     return vars(entry.owner).get(entry.attribute) is entry.replacement
 
 
-def _inside(function: types.FunctionType, owner: Any, root: str) -> bool:
+def _inside(function: Any, owner: Any, root: str) -> bool:
+    if not isinstance(function, types.FunctionType):
+        return False
     # functools.wraps makes a foreign wrapper look like the original; its code object does not.
     if function.__code__.co_filename == "<string>" and dataclasses.is_dataclass(owner):
         return True  # written by @dataclass itself
