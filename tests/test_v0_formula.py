@@ -68,7 +68,7 @@ def test_output_penalties_on_later_steps():
 def test_the_recording_can_tell_the_two_orders_apart():
     """min-p in front of top-k/top-p (V1's order) keeps other tokens in at least two recorded settings."""
     told = 0
-    for index, name, given in CASES:
+    for index, _, given in CASES:
         if {"min_p", "top_p"} <= set(given):
             setting = setting_of(given)
             differs = False

@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any
 
 from vllm_compat import engine_hooks, settings, vllm_info
-from vllm_compat.behaviors import BY_NAME
 from vllm_compat.errors import PlanConflictError, TargetError, TooLateError
 from vllm_compat.patching import hooks, replace
 from vllm_compat.patching.model import Entry, Patch
@@ -71,6 +70,8 @@ def receive(plan: Plan) -> None:
 
 def use(plan: Plan) -> None:
     """Make this process hold exactly the plan's patches. Raises PlanConflictError where a live engine needs others."""
+    from vllm_compat.behaviors import BY_NAME  # not needed by a process that only imports us
+
     hooks.flush()
     if process.plan is not None and process.plan.patch_names() == plan.patch_names():
         process.plan = plan

@@ -20,7 +20,7 @@ KEY = "vllm_compat"
 _FORMAT = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Decision:
     """What happens to one behavior of one engine, and who decided.
 
@@ -47,7 +47,7 @@ class Decision:
         return " + ".join(parts) if self.wanted else self.state.value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """All decisions for one engine, and what they were made for."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import MutableMapping
 
@@ -17,37 +16,32 @@ PREFIX = "VLLM_COMPAT_"
 class Settings(BaseSettings):
     """The variables with their meaning. Behaviors are unset (``None``) unless named: profile and default decide."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore")
 
-    profile: str = Field(default="auto", min_length=1)
-    """A profile's name, a path to a TOML file, ``auto`` (match by model) or ``off`` (vllm_compat does nothing)."""
-
-    strict: bool = True
-    """Raise where V0-equivalence cannot be had or proven (1), or warn and go on with named states (0)."""
-
-    report_dir: str | None = None
-    """Folder for the reports of running engines, which ``vllm-compat doctor`` reads. Default: below the temporary folder."""
-
-    model_runner_v1: bool | None = None
-    """Pin Model Runner V1."""
-
-    processed_logprobs: bool | None = None
-    """Logprobs of the distribution sampled from, prompt rows included, V0's order of filters."""
-
-    no_prefix_caching: bool | None = None
-    """No KV blocks shared between requests."""
-
-    no_async_scheduling: bool | None = None
-    """No step scheduled ahead."""
-
-    fp32_lm_head: bool | None = None
-    """Logits in float32."""
-
-    synchronized_weight_update: bool | None = None
-    """`vllm_compat.weight_update(engine)`: all parameters between two steps."""
-
-    unshared_engine_seed: bool | None = None
-    """A fresh seed per engine where the user gave none."""
+    profile: str = Field(
+        default="auto",
+        min_length=1,
+        description="a profile's name, a path to a TOML file, auto (match by model) or off (vllm_compat does nothing)",
+    )
+    strict: bool = Field(
+        default=True,
+        description="1: raise where V0-equivalence cannot be had or proven; 0: warn and go on with named states",
+    )
+    report_dir: str | None = Field(
+        default=None,
+        description="folder for the reports of running engines, which doctor reads (default: below the temporary folder)",
+    )
+    model_runner_v1: bool | None = Field(default=None, description="pin Model Runner V1")
+    processed_logprobs: bool | None = Field(
+        default=None, description="logprobs of the distribution sampled from, prompt rows included, in V0's order of filters"
+    )
+    no_prefix_caching: bool | None = Field(default=None, description="no KV blocks shared between requests")
+    no_async_scheduling: bool | None = Field(default=None, description="no step scheduled ahead")
+    fp32_lm_head: bool | None = Field(default=None, description="logits in float32")
+    synchronized_weight_update: bool | None = Field(
+        default=None, description="vllm_compat.weight_update(engine): all parameters change between two steps"
+    )
+    unshared_engine_seed: bool | None = Field(default=None, description="a fresh seed per engine where you gave none")
 
 
 def variables() -> tuple[str, ...]:
@@ -60,6 +54,8 @@ def load() -> Settings:
     known = variables()
     for name in sorted(os.environ):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
+            import difflib
+
             close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
             raise SettingsError(
                 f"unknown environment variable {name}; did you mean {close[0]}? Known: {', '.join(known)}. Correct or unset it."

@@ -20,7 +20,8 @@ from vllm_compat.resolve import resolve, supported
 
 def add_arguments(commands: Any) -> None:
     """Register the sub-command."""
-    lines = [f"  {name}" for name in settings.variables()]
+    fields = settings.Settings.model_fields.values()
+    lines = [f"  {name:40} {field.description}" for name, field in zip(settings.variables(), fields)]
     parser = commands.add_parser(
         "doctor",
         help="what would be applied here, and what running engines report",

@@ -33,7 +33,7 @@ class State(str, Enum):
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "UNSET", "__bool__": lambda self: False})()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """A function of the patched library: ``module:Class.method`` or ``module:function``.
 
@@ -56,7 +56,7 @@ class Target:
         return self.path.partition(":")[2]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Route:
     """Where a route applies: a PEP 440 range and the model runners (``v0``, ``v1``, ``v2``)."""
 
@@ -64,7 +64,7 @@ class Route:
     runners: tuple[str, ...] = ("v1",)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Native(Route):
     """vLLM has an option for it.
 
@@ -82,7 +82,7 @@ class Native(Route):
     env: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Patch(Route):
     """A replacement for one function. ``build(original, module)`` returns a plain function.
 
@@ -99,21 +99,21 @@ class Patch(Route):
     remove_when: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class NotNeeded(Route):
     """The engine does what V0 did."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Unsupported(Route):
     """Known not to be possible; the reason is for the user."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """A question put to a running process of the engine.
 
@@ -130,7 +130,7 @@ class CheckFailed(Exception):
     """What a check saw is not what V0-equivalence needs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Behavior:
     """One trait of V0: what it was, what V1 does, how to get it back, how to tell that it is back."""
 
@@ -153,7 +153,7 @@ class Behavior:
         return tuple(route for route in self.routes if isinstance(route, Patch))
 
 
-@dataclass(slots=True)
+@dataclass
 class Entry:
     """The ledger's row for one replacement that is in place."""
 
