@@ -6,6 +6,7 @@ token, and give the engine core and the workers a method that answers.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -76,6 +77,25 @@ def _proven_first(original: Any, module: Any) -> Any:
     return method
 
 
+def _proven_stream(original: Any, module: Any) -> Any:
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_compat import proof
+
+        if proof.is_proven(self):
+            return original(self, *args, **kwargs)
+
+        # vLLM's generate would hide our error inside its own, so ask in front of it
+        async def stream() -> Any:
+            await proof.prove_async(self)
+            async with contextlib.aclosing(original(self, *args, **kwargs)) as outputs:
+                async for output in outputs:
+                    yield output
+
+        return stream()
+
+    return generate
+
+
 def _engine_core(original: Any, module: Any) -> Any:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         from vllm_compat import bootstrap, plan
@@ -123,6 +143,7 @@ FRAME: tuple[Patch, ...] = (
     _patch("given_cli", Role.FRONT, "vllm.engine.arg_utils:EngineArgs.from_cli_args", _from_command_line),
     _patch("llm_engine", Role.FRONT, "vllm.v1.engine.llm_engine:LLMEngine.__init__", _llm_engine, "vllm_config"),
     _patch("async_llm", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.__init__", _async_llm, "vllm_config"),
+    _patch("first_stream", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.generate", _proven_stream),
     _patch("first_request", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.add_request", _proven_first),
     _patch("first_question", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.get_supported_tasks", _proven_first),
     _patch("engine_core", Role.ENGINE_CORE, "vllm.v1.engine.core:EngineCore.__init__", _engine_core, "vllm_config"),

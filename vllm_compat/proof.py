@@ -63,6 +63,11 @@ def expect(engine: Any, plan: Plan | None) -> None:
         _unproven[engine] = asyncio.Lock()
 
 
+def is_proven(engine: Any) -> bool:
+    """Whether nothing is left to ask of an `AsyncLLM`."""
+    return engine not in _unproven
+
+
 async def prove_async(engine: Any) -> None:
     """Ask an `AsyncLLM` once; all its callers wait. Under strict raises ProofError, with the engine shut down."""
     lock = _unproven.get(engine)

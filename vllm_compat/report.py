@@ -99,7 +99,7 @@ class EngineStatus:
         rows = []
         for found in self.processes:
             for held, sentence in found.get("behaviors", {}).get(behavior, {}).get("checks", {}).values():
-                rows.append({"process": found["role"], "rank": found["rank"], "held": held, "saw": sentence})
+                rows.append({k: found[k] for k in ("role", "rank", "pid", "host")} | {"held": held, "saw": sentence})
         return rows
 
     def line(self) -> str:
@@ -213,7 +213,7 @@ def table(data: dict[str, Any]) -> str:
         lines.append(f"  {name}, pid {process['pid']}" + (f": {process['error']}" if process["error"] else ""))
         for behavior, row in data["behaviors"].items():
             for seen in row.get("evidence", ()):
-                if (seen["process"], seen["rank"]) == (process["role"], process["rank"]):
+                if all(seen[key] == process[key] for key in ("role", "rank", "pid", "host")):
                     lines.append(f"    {'ok ' if seen['held'] else 'NOT'} {behavior}: {seen['saw']}")
     lines += [f"  FAILED {f['behavior']} in {f['process']}: {f['reason']}" for f in data["failures"]]
     return "\n".join(lines)

@@ -324,6 +324,47 @@ if __name__ == "__main__":
     assert any("somebody replaced" in row[3] for row in failures)
 
 
+def test_async_llm_refuses_before_the_first_token(run_python, model, tmp_path) -> None:
+    """A patch that only the worker process has, put in by a worker extension: `AsyncLLM` refuses its first request, and
+    every later one, naming the worker; nothing is generated."""
+    (tmp_path / "extension.py").write_text(
+        "from vllm.v1.sample.sampler import Sampler\n"
+        "class Extension: pass\n"
+        "Sampler.sample = (lambda original: lambda self, *args, **kwargs: original(self, *args, **kwargs))(Sampler.sample)\n"
+    )
+    script = (
+        PRELUDE
+        + """
+import asyncio, vllm_compat
+async def main():
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=MODEL, enforce_eager=True, gpu_memory_utilization=0.3,
+        max_model_len=128, worker_extension_cls="extension.Extension"))
+    tokens, errors = [], []
+    async def ask(name):
+        try:
+            async for out in engine.generate("ab", SamplingParams(max_tokens=2), name):
+                tokens.append(name)
+        except vllm_compat.VllmCompatError as error:
+            errors.append([type(error).__name__, error.failures])
+    await asyncio.gather(ask("a"), ask("b"))
+    await ask("c")
+    say([tokens, errors])
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+    )
+    tokens, refused = run_python(script, str(model), environment={"PYTHONPATH": str(tmp_path)}).ok().result
+    assert tokens == []
+    assert len(refused) == 3
+    for name, failures in refused:
+        assert name == "ProofError"
+        assert [row[:3] for row in failures] == [["processed_logprobs", "worker", 0]]
+        assert "somebody replaced vllm.v1.sample.sampler:Sampler.sample" in failures[0][3]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_of_another_family(run_python, tmp_path, tied) -> None:
     """Llama, untied and tied, bfloat16, compiled: the profile matches and the head is float32 by its own self-test."""

@@ -163,6 +163,43 @@ def test_vllm_serve_refuses_to_come_up_unproven(model, tmp_path) -> None:
     assert "ProfileError: no profile 'no-such-profile'" in log.read_text()
 
 
+REPLICAS = """
+import asyncio, json, sys
+import vllm_compat
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+async def main():
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=sys.argv[1], enforce_eager=True, gpu_memory_utilization=0.3,
+        max_model_len=128, data_parallel_size=2))
+    found = {}
+    async def ask(replica):
+        params = SamplingParams(max_tokens=24, ignore_eos=True)
+        async for out in engine.generate("abc", params, f"r{replica}", data_parallel_rank=replica):
+            found[replica] = list(out.outputs[0].token_ids)
+    await asyncio.gather(ask(0), ask(1))
+    status = (await vllm_compat.status(engine)).to_dict()
+    print("RESULT " + json.dumps([found[0], found[1], status]))
+    engine.shutdown()
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_data_parallel_replicas_do_not_share_a_seed(run_python, model) -> None:
+    """Two replicas inside one `AsyncLLM`: both prove themselves, and answer one prompt with different samples."""
+    found = run_python(REPLICAS, str(model), environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}).ok().result
+    first, second, status = found
+    assert first != second
+    assert status["proven"]
+    assert [p["role"] for p in status["processes"]] == ["front", "engine_core", "worker", "engine_core", "worker"]
+    seeds = [row["saw"] for row in status["behaviors"]["unshared_engine_seed"]["evidence"]]
+    assert len(seeds) == 2
+    assert "replica 1" in seeds[1]
+
+
 SEEDS = """
 import json, sys, vllm_compat
 from vllm import LLM, SamplingParams

@@ -92,7 +92,7 @@ def _generates(worker: Any) -> bool:
 def _build_load(original: Any, module: Any) -> Any:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        if _generates(self):
+        if _generates(self) and self.lora_config is None:
             found = _head(self)
             if found and type(found[1].quant_method).__name__ not in _PLAIN:
                 # vLLM would stop in the first forward pass with an error that does not say which head. Let the engine
@@ -108,6 +108,10 @@ def _worker(worker: Any) -> str:
 
     if not _generates(worker):
         return "this process has no head"
+    if worker.lora_config is not None:
+        raise CheckFailed(
+            "LoRA wraps the head, and that was not proven: turn LoRA off, or keep the model's own head on both sides"
+        )
     found = _head(worker)
     if found is None:
         raise CheckFailed("the model computes its logits without a LogitsProcessor, where the head cannot be seen")

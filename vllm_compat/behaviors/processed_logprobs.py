@@ -162,8 +162,8 @@ def _worker(worker: Any) -> str:
 
     if worker.vllm_config.speculative_config is not None:
         raise CheckFailed("speculative decoding samples elsewhere and was not proven: turn it off")
-    if not get_pp_group().is_last_rank:
-        return "this pipeline stage does not sample"
+    if worker.model_config.runner_type != "generate" or not get_pp_group().is_last_rank:
+        return "this process does not sample"
     runner, device, count = worker.model_runner, worker.device, len(_SETTINGS)
     params = [SamplingParams(**{"max_tokens": 8, **given}) for given in _SETTINGS.values()]
     processors = build_logitsprocs(worker.vllm_config, device, False, False)
