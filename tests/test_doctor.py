@@ -73,7 +73,7 @@ def test_switches_show(model, reports):
     (line,) = [line for line in out.splitlines() if line.strip().startswith("fp32_lm_head")]
     assert "disabled" in line
     assert "environment" in line
-    assert "VLLM_COMPAT_FP32_LM_HEAD=0; lost: rounding of the logits" in line
+    assert "VLLM_COMPAT_FP32_LM_HEAD=0; lost: every logit is rounded" in line
 
 
 def test_off_and_errors(reports):

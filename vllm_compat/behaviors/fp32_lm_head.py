@@ -163,7 +163,7 @@ BEHAVIOR = Behavior(
     name="fp32_lm_head",
     v0="logits in the model's dtype; restored are the float32 values behind them",
     v1="logits rounded to the model's dtype (bfloat16: 8 bits)",
-    cost="rounding of the logits moves every logprob by about 0.02 in bfloat16",
+    cost="every logit is rounded to the model's dtype (bfloat16: by up to 0.2 % of its value)",
     routes=(
         Native(
             versions=V1_RELEASES,
