@@ -27,6 +27,9 @@ from vllm_compat.patching.probe import probe
 from vllm_compat.plan import KEY, Plan, PlanText
 from vllm_compat.resolve import resolve, routes, supported
 
+# vLLM's own variables that a native route may set.
+_VARIABLES = {route.option for behavior in ALL for route in behavior.routes if isinstance(route, Native) and route.env}
+
 
 class UserArgs:
     """The engine arguments as the user gave them: reading is plain, ``explicit`` asks who set a field, and what we
@@ -69,8 +72,12 @@ def create_engine_config(engine_args: Any, original: Callable[[], Any]) -> Any:
     """vLLM's own ``create_engine_config``, with the plan decided before and V0's values in force during it."""
     if bootstrap.process.settings is None:
         return original()
-    args = UserArgs(engine_args)
-    plan = decide(args)
+    args, environment = UserArgs(engine_args), settings.environ()
+    if not (args.additional_config is None or isinstance(args.additional_config, dict)):
+        raise UnsupportedBehaviorError(
+            f"additional_config is a {type(args.additional_config).__name__}, and vllm_compat's plan travels in it: pass a dict"
+        )
+    plan, before = decide(args), dict(environment)
     try:
         for decision in plan.decisions:
             if not (decision.wanted and decision.sets):
@@ -78,21 +85,20 @@ def create_engine_config(engine_args: Any, original: Callable[[], Any]) -> Any:
             for native in _natives(decision.behavior, plan):
                 if native.value in decision.sets:
                     try:
-                        native.write(settings.environ() if native.env else args)
+                        native.write(environment if native.env else args)
                     except CheckFailed as failed:
                         plan = plan.given_up(decision.behavior, State.UNSUPPORTED, str(failed))
                         _refuse_or_warn(plan, UnsupportedBehaviorError(f"{decision.behavior}: {failed}"))
                         break
-        if not (args.additional_config is None or isinstance(args.additional_config, dict)):
-            raise UnsupportedBehaviorError(
-                f"additional_config is a {type(args.additional_config).__name__}, and vllm_compat's plan travels in it: "
-                f"pass a dict"
-            )
         args.additional_config = {**(args.additional_config or {}), KEY: PlanText(plan.text())}
         config = original()
+        plan = _as_made(plan, config)
+    except BaseException:
+        for name in _VARIABLES - set(before):
+            environment.pop(name, None)
+        raise
     finally:
         args.restore()
-    plan = _as_made(plan, config)
     config.additional_config[KEY] = PlanText(plan.text())
     # Forked processes inherit this process's patches; engines inside it use them.
     if not any(bootstrap.process.cores):

@@ -121,6 +121,8 @@ class EngineStatus:
         folder = report_dir()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.stat().st_uid != os.getuid():  # the default name can be guessed by others of this machine
+                raise PermissionError("the folder belongs to somebody else; set VLLM_COMPAT_REPORT_DIR")
             file = folder / f"engine-{os.getpid()}-{self.number}.json"
             draft = file.with_suffix(".tmp")
             draft.write_text(json.dumps(self.to_dict()), encoding="utf-8")

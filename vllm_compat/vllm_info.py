@@ -38,7 +38,9 @@ def installed() -> Installed | None:
     found = re.search(r"""^__version__\s*=.*?['"]([^'"]+)""", text, re.MULTILINE)
     version = found.group(1) if found else "unknown"
     try:
-        release = Version(Version(version).base_version)
+        release = Version(version)
+        if not release.is_prerelease:  # a post or local build is its release; a development build or candidate is not
+            release = Version(release.base_version)
     except InvalidVersion:
         release = Version("0")
     return Installed(root, version, release)

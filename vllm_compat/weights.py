@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from types import TracebackType
 from typing import Any
@@ -37,8 +38,9 @@ class weight_update:
         try:
             self._call("pause_scheduler", "keep", False)
             self._rest(self._call("is_scheduler_paused"))
-        except BaseException:
+        except BaseException:  # also an interrupt: nothing has changed yet, so the engine may go on
             _updating.discard(self.engine)
+            self._call("resume_scheduler")
             raise
         return self
 
@@ -59,8 +61,9 @@ class weight_update:
         try:
             await self.engine.pause_generation(mode="keep", clear_cache=False)
             self._rest(await self.engine.is_paused())
-        except BaseException:
+        except BaseException:  # also a cancelled task: nothing has changed yet, so the engine may go on
             _updating.discard(self.engine)
+            await asyncio.shield(self.engine.resume_generation())
             raise
         return self
 
