@@ -74,18 +74,17 @@ async def prove_async(engine: Any) -> None:
     if lock is None:
         return
     async with lock:
-        if engine in _unproven:
-            status = report.engine(engine)
-            if not status.failures:
-                answers = await ask_async(engine)
-                try:
-                    _judge(engine, status.plan, answers)
-                except ProofError:
-                    engine.shutdown()
-                    raise
-                del _unproven[engine]
-            else:
-                raise ProofError(status.failures)
+        if is_proven(engine):
+            return
+        status = report.engine(engine)
+        if status.failures:  # asked before, and shut down
+            raise ProofError(status.failures)
+        try:
+            _judge(engine, status.plan, await ask_async(engine))
+        except ProofError:
+            engine.shutdown()
+            raise
+        del _unproven[engine]
 
 
 def ask(engine: Any) -> list[str]:
