@@ -63,8 +63,24 @@ def test_findings(model, reports):
     code, out, _ = doctor(str(model), VLLM_PLUGINS="other", **reports)
     assert code == 1
     assert "FINDING: VLLM_PLUGINS='other' excludes vllm_compat" in out
+
+
+def test_model_runner_v2_says_what_holds_there(model, reports):
+    """Where the user insists on Model Runner V2: which behaviors hold on it and which do not."""
     code, out, _ = doctor(str(model), "--json", VLLM_USE_V2_MODEL_RUNNER="1", **reports)
-    assert json.loads(out)["behaviors"]["model_runner_v1"]["state"] == "overridden"
+    data = json.loads(out)
+    assert code == 1
+    assert {name: row["state"] for name, row in data["behaviors"].items()} == {
+        "model_runner_v1": "overridden",
+        "processed_logprobs": "unsupported",
+        "no_prefix_caching": "native",
+        "no_async_scheduling": "native",
+        "fp32_lm_head": "pending",
+        "synchronized_weight_update": "native",
+        "unshared_engine_seed": "pending",
+    }
+    (finding,) = data["findings"]
+    assert finding.startswith("processed_logprobs: Model Runner V2 scores prompts raw")
 
 
 def test_switches_show(model, reports):

@@ -135,20 +135,38 @@ def decide(args: UserArgs) -> Plan:
                 value = route.read(settings.environ() if route.env else args)
                 if value is not UNSET:
                     user[route.option] = value
-    plan = resolve(
-        ALL,
-        version=installed.release,
-        runner="v1",
-        profile_name=chosen.name,
-        profile=chosen.behaviors,
-        environment={behavior.name: getattr(current, behavior.name) for behavior in ALL},
-        user=user,
-        strict=current.strict,
-        notes=(*notes, *profile_notes),
-    )
+    plan = resolved(current, installed.release, chosen, user, (*notes, *profile_notes))
+    for decision in plan.decisions:
+        if decision.state is State.UNSUPPORTED:
+            _refuse_or_warn(plan, UnsupportedBehaviorError(f"{decision.behavior}: {decision.reason}"))
     for name, error in probe_all(plan).items():
         plan = plan.given_up(name, State.FAILED, str(error))
         _refuse_or_warn(plan, error)
+    return plan
+
+
+def resolved(
+    current: settings.Settings, release: Version, profile: profiles.Profile, user: dict[str, Any], notes: tuple[str, ...] = ()
+) -> Plan:
+    """`resolve` with these settings, for Model Runner V1, or for V2 where the user insists on it."""
+
+    def on(runner: str) -> Plan:
+        return resolve(
+            ALL,
+            version=release,
+            runner=runner,
+            profile_name=profile.name,
+            profile=profile.behaviors,
+            environment={behavior.name: getattr(current, behavior.name) for behavior in ALL},
+            user=user,
+            strict=current.strict,
+            notes=notes,
+        )
+
+    plan = on("v1")
+    runner = plan["model_runner_v1"]
+    if runner.state is State.OVERRIDDEN:
+        plan = on("v2").given_up(runner.behavior, runner.state, runner.reason, runner.origin)
     return plan
 
 

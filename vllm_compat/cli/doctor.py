@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_compat import profiles, report, settings, vllm_info
-from vllm_compat.behaviors import ALL, BY_NAME
+from vllm_compat.behaviors import ALL
 from vllm_compat.engine_hooks import FRAME
 from vllm_compat.errors import TargetError
-from vllm_compat.front import probe_all, supported_releases
+from vllm_compat.front import probe_all, resolved, supported_releases
 from vllm_compat.patching.model import UNSET, Native, State
 from vllm_compat.patching.probe import probe
 from vllm_compat.plan import KEY
-from vllm_compat.resolve import resolve, supported
+from vllm_compat.resolve import supported
 
 
 def add_arguments(commands: Any) -> None:
@@ -74,10 +74,7 @@ def diagnose(model: str | None) -> dict[str, Any]:
         for route in behavior.routes
         if isinstance(route, Native) and route.env and (value := route.read(settings.environ())) is not UNSET
     }
-    plan = resolve(
-        ALL, version=installed.release, runner="v1", profile_name=profile.name, profile=profile.behaviors,
-        environment={name: getattr(current, name) for name in BY_NAME}, user=user, strict=current.strict,
-    )  # fmt: skip
+    plan = resolved(current, installed.release, profile, user)
     wrong = probe_all(plan)
     for patch in FRAME:
         try:
