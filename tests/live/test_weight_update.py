@@ -35,8 +35,10 @@ async def main(old, new, count=8):
     except vllm_compat.VllmCompatError as error:
         refused["with"] = str(error)
     async with vllm_compat.weight_update(engine):
-        await asyncio.sleep(0.1)  # outputs of the last step reach this process
-        changed_at = lengths()
+        changed_at = None
+        while changed_at != lengths():  # outputs of the last step reach this process
+            changed_at = lengths()
+            await asyncio.sleep(0.3)
         running.append(asyncio.create_task(ask("late", 20)))
         try:
             async with vllm_compat.weight_update(engine):
@@ -73,7 +75,7 @@ if __name__ == "__main__":
     engine = llm.llm_engine
     got, changed_at, refused = {}, {}, {}
     for i in range(4):
-        params = SamplingParams(temperature=1.0, max_tokens=120, ignore_eos=True, logprobs=0)
+        params = SamplingParams(temperature=1.0, max_tokens=400, ignore_eos=True, logprobs=0)
         engine.add_request(str(i), {"prompt_token_ids": [9, 40 + i, 12]}, params)
 
     def step():
@@ -134,8 +136,11 @@ def test_llm(run_python, model, new_weights) -> None:
     assert found["refused"]["paused"]
     assert "stays paused" in found["refused"]["notes"][0]
     for request in found["requests"].values():
-        assert len(request["tokens"]) == 120
-        worst = {at: _worst(model, new_weights, request, at) for at in range(15, 60)}
-        best = min(worst, key=worst.get)
-        assert worst[best] < 1e-4
-        assert sorted(worst.values())[1] > 1e-3  # no other place explains it
+        assert len(request["tokens"]) == 400
+        old = expected_logprobs(model, model, request["prompt"], request["tokens"], 0)
+        # the first token that the old weights do not explain
+        at = next(i for i, (a, b) in enumerate(zip(old, request["logprobs"], strict=True)) if abs(a - b) > 1e-3)
+        assert 20 <= at < 400
+        assert _worst(model, new_weights, request, at) < 1e-4
+        assert _worst(model, new_weights, request, at + 1) > 1e-3
+        assert _worst(model, new_weights, request, at - 1) > 1e-3
