@@ -136,7 +136,8 @@ def _refuse_running_engines() -> None:
 
     # An engine core freezes the garbage collector's view of its process, but one inside this process leaves a group.
     inside = getattr(sys.modules.get("vllm.distributed.parallel_state"), "_WORLD", None) is not None
-    if inside or any(isinstance(thing, classes) for thing in gc.get_objects()):
+    # type(), not isinstance(): the latter asks objects for __class__, and some of torch's warn when asked anything.
+    if inside or any(issubclass(type(thing), classes) for thing in gc.get_objects()):
         raise TooLateError(
             "an engine already runs in this process, unpatched: import vllm_compat before the engine is made, or set "
             "VLLM_COMPAT_PROFILE=auto in the environment"
