@@ -215,6 +215,27 @@ def test_a_quantized_lm_head(run_python, model) -> None:
     assert generated == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "behavior", "says"),
+    [
+        ("enable_lora=True, max_lora_rank=8", "fp32_lm_head", "LoRA wraps the head"),
+        (
+            "speculative_config={'method': 'ngram', 'num_speculative_tokens': 2, 'prompt_lookup_max': 3}",
+            "processed_logprobs",
+            "speculative decoding",
+        ),
+    ],
+)
+def test_what_was_not_proven_is_refused(run_python, model, arguments, behavior, says) -> None:
+    """LoRA and speculative decoding go other ways through head and sampler: refused by name."""
+    script = PRELUDE + f"import vllm_compat\nif __name__ == '__main__': say(caught(lambda: make({arguments})))"
+    name, _, failures = run_python(script, str(model), environment=IN_PROCESS).ok().result
+    assert name == "ProofError"
+    ((found, process, rank, reason),) = failures
+    assert (found, process, rank) == (behavior, "worker", 0)
+    assert says in reason
+
+
 def test_precedence_and_the_users_own_object(run_python, model) -> None:
     """Engine argument beats environment beats profile beats default, also where the value is vLLM's default; functions in
     ``hf_overrides`` are kept; nothing of the user's EngineArgs changes."""
