@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_compat.patching.model import Patch, Role, Target
 
-# Stable from vLLM 0.8.5 to 0.33.0 by the audit; a release that moves one is found by the probe before it is used.
+# Read, not run, outside the supported releases. Where one is gone, the hook raises and doctor names it.
 _VERSIONS = ">=0.8.5"
 
 

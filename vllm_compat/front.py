@@ -13,7 +13,6 @@ from packaging.version import Version
 
 from vllm_compat import bootstrap, profiles, settings, vllm_info
 from vllm_compat.behaviors import ALL, BY_NAME
-from vllm_compat.behaviors.fp32_lm_head import accepts as is_float32
 from vllm_compat.errors import (
     PluginExcludedError,
     TargetError,
@@ -128,14 +127,7 @@ def decide(args: UserArgs) -> Plan:
         notes.append(str(problem))
         warnings.warn(str(problem), VllmCompatWarning, stacklevel=2)
     chosen, profile_notes = profiles.choose(current.profile, model_config_json(args))
-    user = {}
-    for behavior in ALL:
-        for route in behavior.routes:
-            if isinstance(route, Native):
-                value = route.read(settings.environ() if route.env else args)
-                if value is not UNSET:
-                    user[route.option] = value
-    plan = resolved(current, installed.release, chosen, user, (*notes, *profile_notes))
+    plan = resolved(current, installed.release, chosen, given_by_user(args), (*notes, *profile_notes))
     for decision in plan.decisions:
         if decision.state is State.UNSUPPORTED:
             _refuse_or_warn(plan, UnsupportedBehaviorError(f"{decision.behavior}: {decision.reason}"))
@@ -143,6 +135,17 @@ def decide(args: UserArgs) -> Plan:
         plan = plan.given_up(name, State.FAILED, str(error))
         _refuse_or_warn(plan, error)
     return plan
+
+
+def given_by_user(args: UserArgs | None) -> dict[str, Any]:
+    """The options the user set himself, by name; without arguments (doctor) those in the environment."""
+    found: dict[str, Any] = {}
+    for native in (route for behavior in ALL for route in behavior.routes if isinstance(route, Native)):
+        if native.env or args is not None:
+            value = native.read(settings.environ() if native.env else args)
+            if value is not UNSET:
+                found[native.option] = value
+    return found
 
 
 def resolved(
@@ -210,7 +213,7 @@ def _natives(behavior: str, plan: Plan) -> list[Native]:
 
 
 def _as_made(plan: Plan, config: Any) -> Plan:
-    """What only the finished configuration shows: the runner vLLM insists on, and what a function made of the head."""
+    """What only the finished configuration shows: the runner vLLM insists on, and options that arguments decide together."""
     if getattr(config, "use_v2_model_runner", False):
         plan = dataclasses.replace(plan, runner="v2")
         for decision in plan.decisions:
@@ -219,10 +222,12 @@ def _as_made(plan: Plan, config: Any) -> Plan:
                 reason = next(route.reason for route in found if isinstance(route, (Unsupported, NotNeeded)))
                 plan = plan.given_up(decision.behavior, State.UNSUPPORTED, reason)
                 _refuse_or_warn(plan, UnsupportedBehaviorError(f"{decision.behavior}: {reason}"))
-    head, made = plan["fp32_lm_head"], config.model_config.head_dtype
-    if head.wanted and head.sets and not is_float32(made):
-        reason = f"your hf_overrides function sets head_dtype={made}; lost: {BY_NAME['fp32_lm_head'].cost}"
-        plan = plan.given_up("fp32_lm_head", State.OVERRIDDEN, reason, "engine argument")
+    for decision in plan.decisions:
+        for native in _natives(decision.behavior, plan):
+            if decision.wanted and native.made and native.value in decision.sets and not native.accepts(native.made(config)):
+                cost = BY_NAME[decision.behavior].cost
+                reason = f"your arguments make {native.option}={native.made(config)}; lost: {cost}"
+                plan = plan.given_up(decision.behavior, State.OVERRIDDEN, reason, "engine argument")
     return plan
 
 

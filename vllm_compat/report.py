@@ -26,6 +26,7 @@ class EngineStatus:
 
     def __init__(self, plan: Plan, number: int) -> None:
         self.plan, self.number = plan, number
+        self._file: Path | None = None
         self.processes: list[dict[str, Any]] = []
         self.failures: list[tuple[str, str, int | None, str]] = []
 
@@ -130,7 +131,9 @@ class EngineStatus:
         except OSError as error:  # a report nobody can read must not stop an engine that is proven
             logging.getLogger("vllm.vllm_compat").warning("no report in %s: %s", folder, error)
             return
-        atexit.register(file.unlink, missing_ok=True)
+        if self._file is None:  # asked again, it is written again: one exit handler is enough
+            self._file = file
+            atexit.register(file.unlink, missing_ok=True)
 
 
 def report_dir() -> Path:

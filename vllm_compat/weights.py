@@ -12,6 +12,7 @@ from vllm_compat.patching.model import State
 from vllm_compat.plan import of
 
 _updating: weakref.WeakSet[Any] = weakref.WeakSet()
+_unfinished: weakref.WeakSet[Any] = weakref.WeakSet()  # paused by an update whose block raised: weights may be mixed
 _HOW = "mode='keep', clear_cache=False"
 
 
@@ -38,18 +39,16 @@ class weight_update:
         try:
             self._call("pause_scheduler", "keep", False)
             self._rest(self._call("is_scheduler_paused"))
-        except BaseException:  # also an interrupt: nothing has changed yet, so the engine may go on
+        except BaseException:  # also an interrupt
             _updating.discard(self.engine)
-            self._call("resume_scheduler")
+            if self.engine not in _unfinished:  # nothing has changed, so the engine may go on
+                self._call("resume_scheduler")
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _updating.discard(self.engine)
-        if error is None:
+        if self._finished(error):
             self._call("resume_scheduler")
-        else:
-            _say_paused(error)
 
     async def __aenter__(self) -> weight_update:
         if not self._async:
@@ -61,18 +60,16 @@ class weight_update:
         try:
             await self.engine.pause_generation(mode="keep", clear_cache=False)
             self._rest(await self.engine.is_paused())
-        except BaseException:  # also a cancelled task: nothing has changed yet, so the engine may go on
+        except BaseException:  # also a cancelled task
             _updating.discard(self.engine)
-            await asyncio.shield(self.engine.resume_generation())
+            if self.engine not in _unfinished:  # nothing has changed, so the engine may go on
+                await asyncio.shield(self.engine.resume_generation())
             raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _updating.discard(self.engine)
-        if error is None:
+        if self._finished(error):
             await self.engine.resume_generation()
-        else:
-            _say_paused(error)
 
     def _begin(self) -> None:
         config = getattr(self.engine, "vllm_config", None)
@@ -98,9 +95,14 @@ class weight_update:
         if not paused:
             raise WeightUpdateError(f"the engine did not pause ({_HOW}): nothing was changed")
 
-
-def _say_paused(error: BaseException) -> None:
-    error.add_note(
-        "vllm_compat: the weight update did not finish, so the engine stays paused with its requests kept. Run a complete "
-        "update in a new `weight_update` block to go on, or shut the engine down."
-    )
+    def _finished(self, error: BaseException | None) -> bool:
+        _updating.discard(self.engine)
+        if error is None:
+            _unfinished.discard(self.engine)
+            return True
+        _unfinished.add(self.engine)
+        error.add_note(
+            "vllm_compat: the weight update did not finish, so the engine stays paused with its requests kept. Run a complete "
+            "update in a new `weight_update` block to go on, or shut the engine down."
+        )
+        return False

@@ -272,12 +272,16 @@ if __name__ == "__main__":
         "raw": states(logprobs_mode="raw_logprobs"), "same": states(logprobs_mode="processed_logprobs"),
         "seed": states(seed=7), "zero": states(seed=0), "caching": states(enable_prefix_caching=True),
         "function": states(hf_overrides=overrides), "lower": states(hf_overrides=lower),
+        "ranks": caught(lambda: states(distributed_executor_backend="external_launcher", tensor_parallel_size=2)),
         "dict": states(hf_overrides={"my_mark": 2}), "low_dict": states(hf_overrides={"head_dtype": "bfloat16"}),
     })
 """
     )
     environment = {"VLLM_COMPAT_NO_ASYNC_SCHEDULING": "0", "VLLM_COMPAT_NO_PREFIX_CACHING": "1"}
     found = run_python(script, str(model), environment=environment).ok().result
+    name, text, _ = found.pop("ranks")
+    assert name == "UnsupportedBehaviorError"
+    assert "pass seed=<your own> to every rank" in text
     assert all(row["untouched"] for row in found.values())
     plain = found["plain"]
     assert plain["states"] == {

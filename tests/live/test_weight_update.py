@@ -89,7 +89,19 @@ if __name__ == "__main__":
             raise RuntimeError("the trainer's transport broke")
     except RuntimeError as error:
         refused["notes"] = error.__notes__
-    refused["paused"] = engine.engine_core.call_utility("is_scheduler_paused")
+    real = engine.engine_core.call_utility
+    def broken(method, *args):
+        if method == "pause_scheduler":
+            raise KeyboardInterrupt
+        return real(method, *args)
+    engine.engine_core.call_utility = broken
+    try:
+        with vllm_compat.weight_update(llm):
+            pass
+    except KeyboardInterrupt:
+        pass
+    engine.engine_core.call_utility = real
+    refused["paused"] = real("is_scheduler_paused")
     with vllm_compat.weight_update(llm):
         llm.collective_rpc("reload_weights", kwargs={"weights_path": new})
     while engine.has_unfinished_requests():
@@ -131,7 +143,8 @@ def test_async_llm(run_python, model, new_weights) -> None:
 
 
 def test_llm(run_python, model, new_weights) -> None:
-    """`LLM`: the change falls between two tokens of each request; a broken update leaves the engine paused and says so."""
+    """`LLM`: the change falls between two tokens of each request; a broken update leaves the engine paused and says so,
+    also when the next one is interrupted on its way in."""
     found = run_python(SYNC, str(model), str(new_weights)).ok().result
     assert found["refused"]["paused"]
     assert "stays paused" in found["refused"]["notes"][0]

@@ -47,7 +47,7 @@ def _write(args: Any) -> None:
     args.hf_overrides = MergedOverrides(overrides) if callable(overrides) else {**(overrides or {}), "head_dtype": "float32"}
 
 
-def accepts(value: Any) -> bool:
+def _accepts(value: Any) -> bool:
     """Whether a head_dtype (a name or a torch.dtype) is float32."""
     return str(value).removeprefix("torch.").lower() in ("float32", "float")
 
@@ -172,7 +172,8 @@ BEHAVIOR = Behavior(
             value="hf_overrides={'head_dtype': 'float32'}",
             read=_read,
             write=_write,
-            accepts=accepts,
+            accepts=_accepts,
+            made=lambda config: config.model_config.head_dtype,  # a user's hf_overrides function may have the last word
         ),
         Patch(
             name="quantized_head",

@@ -11,8 +11,8 @@ from vllm_compat import profiles, report, settings, vllm_info
 from vllm_compat.behaviors import ALL
 from vllm_compat.engine_hooks import FRAME
 from vllm_compat.errors import TargetError
-from vllm_compat.front import probe_all, resolved, supported_releases
-from vllm_compat.patching.model import UNSET, Native, State
+from vllm_compat.front import given_by_user, probe_all, resolved, supported_releases
+from vllm_compat.patching.model import State
 from vllm_compat.patching.probe import probe
 from vllm_compat.plan import KEY
 from vllm_compat.resolve import supported
@@ -68,13 +68,7 @@ def diagnose(model: str | None) -> dict[str, Any]:
             f"made after `import vllm_compat` is refused. Add vllm_compat to it, or unset it."
         )
     profile, notes = profiles.choose(current.profile, _config(model))
-    user = {
-        route.option: value
-        for behavior in ALL
-        for route in behavior.routes
-        if isinstance(route, Native) and route.env and (value := route.read(settings.environ())) is not UNSET
-    }
-    plan = resolved(current, installed.release, profile, user)
+    plan = resolved(current, installed.release, profile, given_by_user(None))
     wrong = probe_all(plan)
     for patch in FRAME:
         try:

@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         raise RecordingError(f"{args.model}: not a model folder (config.json and *.safetensors are needed)")
     prompts = recording.PROMPTS
     if args.prompts:
+        if not args.prompts.is_file():
+            raise RecordingError(f"--prompts {args.prompts}: there is no such file")
         prompts = tuple(line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line)
     # Importing this package has activated it; what the recording needs is what --profile says.
     bootstrap.deactivate()

@@ -1,8 +1,8 @@
 """Post-import hooks. The only file that imports wrapt.
 
 wrapt serves the hooks alone: its proxies are skipped silently by Dynamo, so replacements are plain
-functions (see `replace`). A hook must not raise (it would abort the import of the target once, and wrapt
-would have consumed the hook): callers record what went wrong and decide elsewhere.
+functions (see `replace`). A hook that raises aborts the import of its target, once, and is consumed: a caller raises
+only where the program must not go on.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ class Native(Route):
     ``read(args)`` gives the user's explicit value or `UNSET`; ``write(args)`` puts V0's value into the
     engine arguments, or raises CheckFailed where that cannot be; ``accepts(value)`` says whether a user's explicit value
     already means V0. ``env`` is set in the environment of the engine's processes instead
-    of an engine argument (``read`` then gets the environment).
+    of an engine argument (``read`` then gets the environment). ``made(config)`` reads the value back from vLLM's finished
+    configuration, where more than the arguments decides.
     """
 
     option: str
@@ -80,6 +81,7 @@ class Native(Route):
     write: Callable[[Any], None]
     accepts: Callable[[Any], bool]
     env: bool = False
+    made: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +119,8 @@ class Unsupported(Route):
 class Check:
     """A question put to a running process of the engine.
 
-    ``run(subject)`` gets the live object of the role (the vllm config in the front, the ``EngineCore``, the
-    ``Worker``) and returns a sentence about what it saw, or raises ``CheckFailed``.
+    ``run(subject)`` gets the live ``EngineCore`` or ``Worker`` and returns a sentence about what it saw, or raises
+    ``CheckFailed``.
     """
 
     name: str
