@@ -7,11 +7,13 @@ import itertools
 import pytest
 from packaging.version import Version
 
+from vllm_compat import releases
 from vllm_compat.behaviors import ALL, BY_NAME
+from vllm_compat.behaviors._common import V0_RELEASES, V2_RELEASES
 from vllm_compat.patching.model import Behavior, Native, NotNeeded, Patch, State, Unsupported
 from vllm_compat.plan import Plan
 from vllm_compat.profiles import shipped
-from vllm_compat.resolve import resolve, routes, supported
+from vllm_compat.resolve import resolve, routes, within
 
 V = Version("0.32.0")
 
@@ -86,29 +88,77 @@ def test_switched_off_by_environment_keeps_the_users_argument():
     assert (found.state, found.patches) == (State.DISABLED, ())
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
-@pytest.mark.parametrize("profile", sorted(shipped()))
-def test_no_hole_on_the_supported_release(runner, profile):
-    """Every behavior x profile x runner ends in a state with a reason, and no two kinds of routes overlap."""
-    found = plan(runner=runner, profile_name=profile, profile=shipped()[profile].behaviors)
-    for behavior, decision in zip(ALL, found.decisions, strict=True):
-        matching = routes(behavior, V, runner)
-        assert matching, f"{behavior.name} has no route on {runner}"
-        refusals = [route for route in matching if isinstance(route, (Unsupported, NotNeeded))]
-        assert not refusals or len(matching) == 1
-        assert decision.reason
-    states = {d.behavior: d.state for d in found.decisions}
-    assert (states["processed_logprobs"] is State.UNSUPPORTED) == (runner == "v2")
-    assert (states["model_runner_v1"] is State.UNSUPPORTED) == (runner == "v2")
+def runners(version: Version) -> list[str]:
+    """The runners a release has."""
+    return ["v1", *(["v0"] if within(version, V0_RELEASES) else []), *(["v2"] if within(version, V2_RELEASES) else [])]
 
 
-def test_another_release_is_not_supported():
-    """0.31.0 and 0.33.0 have no routes here, and a wanted behavior says so."""
-    for version in ("0.31.0", "0.33.0", "0.8.5"):
-        assert not supported(ALL, Version(version))
-        found = plan(version=Version(version))
-        assert all(decision.state is State.UNSUPPORTED for decision in found.decisions)
-        assert version in found["fp32_lm_head"].reason
+@pytest.mark.parametrize("release", releases.rows())
+def test_no_hole_and_no_overlap(release):
+    """Every release x profile x runner: each behavior has a route, one kind of it, each patch of it once, and a reason."""
+    version = Version(release)
+    for runner, (profile, held) in itertools.product(runners(version), shipped().items()):
+        found = plan(version=version, runner=runner, profile_name=profile, profile=held.behaviors)
+        for behavior, decision in zip(ALL, found.decisions, strict=True):
+            where = f"{behavior.name} on {release}, {runner}"
+            matching = routes(behavior, version, runner)
+            assert matching, f"{where}: no route"
+            settled = [route for route in matching if isinstance(route, (Unsupported, NotNeeded))]
+            assert not settled or len(matching) == 1, f"{where}: settled, and something else besides"
+            names = [route.name for route in matching if isinstance(route, Patch)]
+            options = [route.option for route in matching if isinstance(route, Native)]
+            assert len(set(names)) == len(names), f"{where}: a patch twice"
+            assert len(set(options)) == len(options), f"{where}: an option twice"
+            assert decision.reason
+            assert (decision.state is State.UNSUPPORTED) == any(isinstance(route, Unsupported) for route in matching), where
+        states = {d.behavior: d.state for d in found.decisions}
+        assert (states["processed_logprobs"] is State.UNSUPPORTED) == (runner == "v2")
+        if runner == "v0":
+            assert states["processed_logprobs"] is State.NOT_NEEDED
+            assert states["fp32_lm_head"] is State.PENDING
+
+
+# What changed where, as the releases were read: (release, behavior, its native options, its patches).
+EPOCHS = [
+    ("0.8.5", "processed_logprobs", [], ["v0_sample", "v0_gather", "prompt_rows"]),
+    ("0.9.2", "processed_logprobs", [], ["v0_sample", "v0_gather", "prompt_rows"]),
+    ("0.10.0", "processed_logprobs", ["logprobs_mode"], ["v0_sample", "v0_gather", "prompt_rows"]),
+    ("0.10.1.1", "processed_logprobs", ["logprobs_mode"], ["v0_sample", "v0_gather", "prompt_rows"]),
+    ("0.10.2", "processed_logprobs", ["logprobs_mode"], ["greedy_temperature", "min_p_last", "prompt_rows"]),
+    ("0.11.0", "processed_logprobs", ["logprobs_mode"], ["min_p_last", "prompt_rows"]),
+    ("0.33.0", "processed_logprobs", ["logprobs_mode"], ["min_p_last", "prompt_rows"]),
+    ("0.16.0", "fp32_lm_head", [], ["float32_product"]),
+    ("0.17.0", "fp32_lm_head", [], ["float32_product", "contiguous_logits"]),
+    ("0.21.0", "fp32_lm_head", [], ["float32_product", "contiguous_logits"]),
+    ("0.22.0", "fp32_lm_head", [], ["float32_product"]),
+    ("0.25.1", "fp32_lm_head", [], ["float32_product"]),
+    ("0.26.0", "fp32_lm_head", ["hf_overrides.head_dtype"], ["quantized_head"]),
+    ("0.16.0", "synchronized_weight_update", [], ["hold", "held_loop", "held_step"]),
+    ("0.17.0", "synchronized_weight_update", ["weight_update"], []),
+    ("0.9.2", "no_async_scheduling", [], []),
+    ("0.10.0", "no_async_scheduling", ["async_scheduling"], []),
+    ("0.11.2", "model_runner_v1", [], []),
+    ("0.12.0", "model_runner_v1", ["VLLM_USE_V2_MODEL_RUNNER"], []),
+    ("0.8.5", "unshared_engine_seed", [], []),
+    ("0.9.0", "unshared_engine_seed", ["seed"], ["replica_seed"]),
+]
+
+
+@pytest.mark.parametrize(("release", "behavior", "options", "patches"), EPOCHS)
+def test_the_routes_change_where_vllm_changed(release, behavior, options, patches):
+    """The edges of every range, on Model Runner V1."""
+    found = routes(BY_NAME[behavior], Version(release), "v1")
+    assert [route.option for route in found if isinstance(route, Native)] == options
+    assert [route.name for route in found if isinstance(route, Patch)] == patches
+    assert options or patches or all(isinstance(route, NotNeeded) for route in found)
+
+
+@pytest.mark.parametrize("version", ["0.8.4", "0.33.1", "0.34.0", "0.19.2", "0.18.1rc1", "0.33.0.dev12+g1234567", "0"])
+def test_a_release_nobody_read_is_refused(version):
+    """Newer, older, between, candidates and development builds: refused, with what to do."""
+    why = releases.refused(Version(version))
+    assert "vllm-compat releases" in why
+    assert releases.tier(Version(version)) == "refused"
 
 
 def test_not_needed_and_unsupported_routes():

@@ -100,6 +100,11 @@ def _hang(patch: Patch, key: str, table: dict[str, Entry | TargetError]) -> None
         if process.settings is None or key in table or (not frame and generation != process.generation):
             return
         installed = vllm_info.installed()
+        if frame and installed is not None:
+            from vllm_compat.resolve import within  # here: not needed by a process that only imports us
+
+            if not within(installed.release, patch.versions) or replace.is_alias(module, patch.target):
+                return  # an alias: with VLLM_USE_V1=1, V0's module up to 0.10.2 calls V1's engine by V0's name
         root = None if frame or installed is None else str(installed.root)
         try:
             table[key] = replace.install(module, patch, root)

@@ -12,8 +12,7 @@ from typing import Any
 
 from vllm_compat.patching.model import Patch, Role, Target
 
-# Read, not run, outside the supported releases. Where one is gone, the hook raises and doctor names it.
-_VERSIONS = ">=0.8.5"
+_V0 = "<0.11.0"  # V0's own engine class; from 0.11.0 its module holds another name for V1's
 
 
 def _create_engine_config(original: Any, module: Any) -> Any:
@@ -52,6 +51,20 @@ def _llm_engine(original: Any, module: Any) -> Any:
         plan = proof.before_start(vllm_config)
         original(self, vllm_config, *args, **kwargs)
         proof.prove(self, plan)
+
+    return __init__
+
+
+def _v0_engine(original: Any, module: Any) -> Any:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm_compat import bootstrap, proof
+
+        found = proof.before_start(vllm_config)
+        if found is not None:
+            bootstrap.use(found)  # its worker runs in this process, or inherits
+        original(self, vllm_config, *args, **kwargs)
+        bootstrap.process.cores.add(self)
+        proof.prove(self, found)
 
     return __init__
 
@@ -129,9 +142,9 @@ def _worker_report(original: Any, module: Any) -> Any:
     return vllm_compat_report
 
 
-def _patch(name: str, role: Role, path: str, build: Any, *params: str, adds: bool = False) -> Patch:
+def _patch(name: str, role: Role, path: str, build: Any, *params: str, adds: bool = False, versions: str = "") -> Patch:
     return Patch(
-        name=name, versions=_VERSIONS, role=role, target=Target(path=path, params=params), build=build, adds=adds,
+        name=name, versions=versions, role=role, target=Target(path=path, params=params), build=build, adds=adds,
         upstream="vLLM offers no hook here", remove_when="never",
     )  # fmt: skip
 
@@ -145,8 +158,25 @@ FRAME: tuple[Patch, ...] = (
     _patch("async_llm", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.__init__", _async_llm, "vllm_config"),
     _patch("first_stream", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.generate", _proven_stream),
     _patch("first_request", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.add_request", _proven_first),
-    _patch("first_question", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.get_supported_tasks", _proven_first),
+    _patch(
+        "first_question", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.get_supported_tasks", _proven_first, versions=">=0.10.1"
+    ),
+    _patch(
+        "v0_engine", Role.ENGINE_CORE, "vllm.engine.llm_engine:LLMEngine.__init__", _v0_engine, "vllm_config", versions=_V0
+    ),
+    _patch(
+        "v0_report", Role.ENGINE_CORE, "vllm.engine.llm_engine:LLMEngine.vllm_compat_report", _core_report,
+        adds=True, versions=_V0,
+    ),
     _patch("engine_core", Role.ENGINE_CORE, "vllm.v1.engine.core:EngineCore.__init__", _engine_core, "vllm_config"),
     _patch("core_report", Role.ENGINE_CORE, "vllm.v1.engine.core:EngineCore.vllm_compat_report", _core_report, adds=True),
-    _patch("worker_report", Role.WORKER, "vllm.v1.worker.worker_base:WorkerBase.vllm_compat_report", _worker_report, adds=True),
+    # V1's workers inherit from V0's up to 0.11.0
+    _patch(
+        "worker_report", Role.WORKER, "vllm.worker.worker_base:WorkerBase.vllm_compat_report", _worker_report,
+        adds=True, versions="<0.11.1",
+    ),
+    _patch(
+        "worker_report", Role.WORKER, "vllm.v1.worker.worker_base:WorkerBase.vllm_compat_report", _worker_report,
+        adds=True, versions=">=0.11.1",
+    ),
 )  # fmt: skip

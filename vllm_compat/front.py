@@ -11,8 +11,9 @@ from typing import Any
 
 from packaging.version import Version
 
-from vllm_compat import bootstrap, profiles, settings, vllm_info
+from vllm_compat import bootstrap, profiles, releases, settings, vllm_info
 from vllm_compat.behaviors import ALL, BY_NAME
+from vllm_compat.behaviors._common import V0_RELEASES
 from vllm_compat.errors import (
     PluginExcludedError,
     TargetError,
@@ -23,8 +24,8 @@ from vllm_compat.errors import (
 )
 from vllm_compat.patching.model import UNSET, CheckFailed, Native, NotNeeded, Patch, State, Unsupported
 from vllm_compat.patching.probe import probe
-from vllm_compat.plan import KEY, Plan, PlanText
-from vllm_compat.resolve import resolve, routes, supported
+from vllm_compat.plan import KEY, Plan, PlanCarrier, PlanText
+from vllm_compat.resolve import resolve, routes, targets, within
 
 # vLLM's own variables that a native route may set.
 _VARIABLES = {route.option for behavior in ALL for route in behavior.routes if isinstance(route, Native) and route.env}
@@ -71,12 +72,29 @@ def create_engine_config(engine_args: Any, original: Callable[[], Any]) -> Any:
     """vLLM's own ``create_engine_config``, with the plan decided before and V0's values in force during it."""
     if bootstrap.process.settings is None:
         return original()
-    args, environment = UserArgs(engine_args), settings.environ()
+    args = UserArgs(engine_args)
     if not (args.additional_config is None or isinstance(args.additional_config, dict)):
         raise UnsupportedBehaviorError(
             f"additional_config is a {type(args.additional_config).__name__}, and vllm_compat's plan travels in it: pass a dict"
         )
-    plan, before = decide(args), dict(environment)
+    choices = decide(args)
+    plan = choices(asked_runner())
+    config, plan = _configured(plan, args, original)
+    if _is_v0() and plan.runner != "v0":
+        # vLLM up to 0.10.2 falls back to V0 by itself, and says so only in the finished configuration
+        plan = choices("v0")
+        config, plan = _configured(plan, args, original)
+    config.additional_config[KEY] = PlanText(plan.text())
+    # Forked processes inherit this process's patches; engines inside it use them.
+    if not any(bootstrap.process.cores):
+        bootstrap.use(plan)
+    return config
+
+
+def _configured(plan: Plan, args: UserArgs, original: Callable[[], Any]) -> tuple[Any, Plan]:
+    """vLLM's configuration with the plan's values in the arguments; they, and after an error the environment, are as before."""
+    environment = settings.environ()
+    before = dict(environment)
     try:
         for decision in plan.decisions:
             if not (decision.wanted and decision.sets):
@@ -89,32 +107,26 @@ def create_engine_config(engine_args: Any, original: Callable[[], Any]) -> Any:
                         plan = plan.given_up(decision.behavior, State.UNSUPPORTED, str(failed))
                         _refuse_or_warn(plan, UnsupportedBehaviorError(f"{decision.behavior}: {failed}"))
                         break
-        args.additional_config = {**(args.additional_config or {}), KEY: PlanText(plan.text())}
+        carrier: dict[str, Any] = {**(args.additional_config or {}), KEY: PlanText(plan.text())}
+        args.additional_config = PlanCarrier(carrier) if Version(plan.vllm) < Version("0.9.0") else carrier
         config = original()
-        plan = _as_made(plan, config)
+        return config, _as_made(plan, config)
     except BaseException:
         for name in _VARIABLES - set(before):
             environment.pop(name, None)
         raise
     finally:
         args.restore()
-    config.additional_config[KEY] = PlanText(plan.text())
-    # Forked processes inherit this process's patches; engines inside it use them.
-    if not any(bootstrap.process.cores):
-        bootstrap.use(plan)
-    return config
 
 
-def decide(args: UserArgs) -> Plan:
-    """The plan for these arguments, refused where it cannot be had. Changes nothing."""
+def decide(args: UserArgs) -> Callable[[str], Plan]:
+    """The plan for these arguments, by runner, refused where it cannot be had. Changes nothing."""
     current, installed = bootstrap.process.settings, vllm_info.installed()
     assert current is not None
     assert installed is not None
-    if not supported(ALL, installed.release):
-        raise UnsupportedVLLMError(
-            f"vLLM {installed.version} is not supported by this vllm_compat: install one of "
-            f"{', '.join(supported_releases())}, or set VLLM_COMPAT_PROFILE=off to run it as it is"
-        )
+    why = releases.refused(installed.release)
+    if why:
+        raise UnsupportedVLLMError(f"vLLM {installed.version}: {why}, or set VLLM_COMPAT_PROFILE=off to run it as it is")
     notes: list[str] = []
     allowed = settings.vllm_plugins()
     if allowed is not None and KEY not in allowed:
@@ -127,21 +139,43 @@ def decide(args: UserArgs) -> Plan:
         notes.append(str(problem))
         warnings.warn(str(problem), VllmCompatWarning, stacklevel=2)
     chosen, profile_notes = profiles.choose(current.profile, model_config_json(args))
-    plan = resolved(current, installed.release, chosen, given_by_user(args), (*notes, *profile_notes))
-    for decision in plan.decisions:
-        if decision.state is State.UNSUPPORTED:
-            _refuse_or_warn(plan, UnsupportedBehaviorError(f"{decision.behavior}: {decision.reason}"))
-    for name, error in probe_all(plan).items():
-        plan = plan.given_up(name, State.FAILED, str(error))
-        _refuse_or_warn(plan, error)
-    return plan
+    user = given_by_user(args, installed.release)
+
+    def plan_for(runner: str) -> Plan:
+        plan = resolved(current, installed.release, chosen, user, (*notes, *profile_notes), runner)
+        for decision in plan.decisions:
+            if decision.state is State.UNSUPPORTED:
+                _refuse_or_warn(plan, UnsupportedBehaviorError(f"{decision.behavior}: {decision.reason}"))
+        for name, error in probe_all(plan).items():
+            plan = plan.given_up(name, State.FAILED, str(error))
+            _refuse_or_warn(plan, error)
+        return plan
+
+    return plan_for
 
 
-def given_by_user(args: UserArgs | None) -> dict[str, Any]:
+def asked_runner() -> str:
+    """``v0`` where the user asks a release that still has V0 for it, else ``v1``."""
+    installed = vllm_info.installed()
+    asked = settings.environ().get("VLLM_USE_V1", "")
+    return "v0" if installed and within(installed.release, V0_RELEASES) and asked == "0" else "v1"
+
+
+def _is_v0() -> bool:
+    """Whether the configuration just made is for V0: vLLM writes its own choice into the environment."""
+    installed = vllm_info.installed()
+    if installed is None or not within(installed.release, V0_RELEASES):
+        return False
+    from vllm import envs
+
+    return not envs.VLLM_USE_V1
+
+
+def given_by_user(args: UserArgs | None, release: Version) -> dict[str, Any]:
     """The options the user set himself, by name; without arguments (doctor) those in the environment."""
     found: dict[str, Any] = {}
     for native in (route for behavior in ALL for route in behavior.routes if isinstance(route, Native)):
-        if native.env or args is not None:
+        if (native.env or args is not None) and within(release, native.versions):
             value = native.read(settings.environ() if native.env else args)
             if value is not UNSET:
                 found[native.option] = value
@@ -149,9 +183,14 @@ def given_by_user(args: UserArgs | None) -> dict[str, Any]:
 
 
 def resolved(
-    current: settings.Settings, release: Version, profile: profiles.Profile, user: dict[str, Any], notes: tuple[str, ...] = ()
+    current: settings.Settings,
+    release: Version,
+    profile: profiles.Profile,
+    user: dict[str, Any],
+    notes: tuple[str, ...] = (),
+    runner: str = "v1",
 ) -> Plan:
-    """`resolve` with these settings, for Model Runner V1, or for V2 where the user insists on it."""
+    """`resolve` with these settings, for the given runner, or for Model Runner V2 where the user insists on it."""
 
     def on(runner: str) -> Plan:
         return resolve(
@@ -166,16 +205,11 @@ def resolved(
             notes=notes,
         )
 
-    plan = on("v1")
-    runner = plan["model_runner_v1"]
-    if runner.state is State.OVERRIDDEN:
-        plan = on("v2").given_up(runner.behavior, runner.state, runner.reason, runner.origin)
+    plan = on(runner)
+    pinned = plan["model_runner_v1"]
+    if pinned.state is State.OVERRIDDEN:
+        plan = on("v2").given_up(pinned.behavior, pinned.state, pinned.reason, pinned.origin)
     return plan
-
-
-def supported_releases() -> tuple[str, ...]:
-    """The version ranges of all routes, as written."""
-    return tuple(sorted({route.versions.removeprefix("==") for behavior in ALL for route in behavior.routes}))
 
 
 def probe_all(plan: Plan) -> dict[str, TargetError]:
@@ -187,10 +221,10 @@ def probe_all(plan: Plan) -> dict[str, TargetError]:
         behavior = BY_NAME[decision.behavior]
         if not decision.wanted:
             continue
-        targets = [patch.target for patch in behavior.patches() if patch.name in decision.patches]
-        for target in (*targets, *behavior.relies_on):
+        adds = {patch.target for patch in behavior.patches() if patch.adds}
+        for target in targets(behavior, installed.release, plan.runner, decision.patches):
             try:
-                probe(target, installed.root)
+                probe(target, installed.root, absent=target in adds)
             except TargetError as error:
                 wrong.setdefault(behavior.name, error)
     return wrong
@@ -198,7 +232,10 @@ def probe_all(plan: Plan) -> dict[str, TargetError]:
 
 def model_config_json(args: Any) -> dict[str, Any] | None:
     """The model's config.json as vLLM finds it (a folder, the cache or the hub), or None."""
-    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+    try:
+        from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+    except ImportError:  # up to 0.11.2
+        from vllm.transformers_utils.config import get_hf_file_to_dict
 
     try:
         found = get_hf_file_to_dict("config.json", args.hf_config_path or args.model, args.revision or "main")

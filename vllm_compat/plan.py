@@ -93,6 +93,14 @@ class Plan:
         return cls(**{**data, "notes": tuple(data["notes"])}, decisions=decisions)
 
 
+class PlanCarrier(dict[str, Any]):
+    """``additional_config`` for vLLM 0.8.5, which takes any object that can hash itself, and no plain dict."""
+
+    def compute_hash(self) -> str:
+        """What vLLM mixes into its torch.compile cache key."""
+        return hashlib.sha256(json.dumps(self, sort_keys=True).encode()).hexdigest()
+
+
 class PlanText(str):
     """A plan's text inside an engine's configuration. Unpickling it activates vllm_compat in that process."""
 

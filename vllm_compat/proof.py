@@ -47,12 +47,12 @@ def before_start(vllm_config: Any) -> Plan | None:
 
 
 def prove(engine: Any, plan: Plan | None) -> None:
-    """Ask a started `LLMEngine`. Under strict raises ProofError, with the engine shut down."""
+    """Ask a started `LLMEngine`, V1's or V0's. Under strict raises ProofError, with the engine shut down."""
     if plan is not None:
         try:
             _judge(engine, plan, ask(engine))
         except ProofError:
-            engine.engine_core.shutdown()
+            (engine.engine_core if hasattr(engine, "engine_core") else engine.model_executor).shutdown()
             raise
 
 
@@ -89,8 +89,10 @@ async def prove_async(engine: Any) -> None:
 
 def ask(engine: Any) -> list[str]:
     """The answer of each engine core behind a synchronous engine, as JSON; a failure to answer is an answer."""
-    client = engine.engine_core
     try:
+        client = getattr(engine, "engine_core", None)
+        if client is None:  # V0: the engine is its own core
+            return [getattr(engine, _METHOD)()]
         if hasattr(client, "call_utility"):
             return [client.call_utility(_METHOD)]
         return [getattr(client.engine_core, _METHOD)()]
@@ -100,8 +102,14 @@ def ask(engine: Any) -> list[str]:
 
 async def ask_async(engine: Any) -> list[str]:
     """The same behind an `AsyncLLM`: one answer per data-parallel replica."""
+    client = engine.engine_core
     try:
-        return list(await engine.engine_core.call_utility_all_async(_METHOD))
+        if hasattr(client, "call_utility_all_async"):  # from 0.32.0
+            return list(await client.call_utility_all_async(_METHOD))
+        identities = getattr(client, "core_engines", None)
+        if not identities:
+            return [await client.call_utility_async(_METHOD)]
+        return list(await asyncio.gather(*(client._call_utility_async(_METHOD, engine=identity) for identity in identities)))
     except Exception as error:
         return [_no_answer(error)]
 

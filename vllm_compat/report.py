@@ -190,7 +190,7 @@ def status(engine_object: Any = None) -> Any:
         kept.save()
         return kept
 
-    if not hasattr(owner, "pause_generation"):
+    if hasattr(owner, "step"):  # an AsyncLLM steps by itself
         return take(proof.ask(owner))
 
     async def again() -> EngineStatus:

@@ -6,23 +6,32 @@ The user's engine argument beats the environment beats the profile beats the beh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from vllm_compat.patching.model import Behavior, Native, NotNeeded, Patch, Route, State, Unsupported
+from vllm_compat.patching.model import Behavior, Native, NotNeeded, Patch, Route, State, Target, Unsupported
 from vllm_compat.plan import Decision, Plan
 
 
 def routes(behavior: Behavior, version: Version, runner: str) -> tuple[Route, ...]:
     """The behavior's routes for this release and runner; several natives and patches act together."""
-    return tuple(r for r in behavior.routes if runner in r.runners and version in SpecifierSet(r.versions, prereleases=True))
+    return tuple(route for route in behavior.routes if runner in route.runners and within(version, route.versions))
 
 
-def supported(behaviors: Sequence[Behavior], version: Version) -> bool:
-    """Whether any behavior has a route for this release at all."""
-    return any(routes(b, version, runner) for b in behaviors for runner in ("v0", "v1", "v2"))
+@cache
+def within(version: Version, versions: str) -> bool:
+    """Whether a release lies in a PEP 440 range; the empty range is all of them."""
+    return version in SpecifierSet(versions, prereleases=True)
+
+
+def targets(behavior: Behavior, version: Version, runner: str, patches: Sequence[str] | None = None) -> tuple[Target, ...]:
+    """What the behavior replaces (of ``patches`` where given) and relies on in this release."""
+    found = [r for r in routes(behavior, version, runner) if isinstance(r, Patch) and (patches is None or r.name in patches)]
+    relied = (target for target in behavior.relies_on if within(version, target.versions))
+    return (*(patch.target for patch in found), *relied)
 
 
 def resolve(

@@ -13,7 +13,6 @@ from vllm_compat.plan import of
 
 _updating: weakref.WeakSet[Any] = weakref.WeakSet()
 _unfinished: weakref.WeakSet[Any] = weakref.WeakSet()  # paused by an update whose block raised: weights may be mixed
-_HOW = "mode='keep', clear_cache=False"
 
 
 class weight_update:
@@ -30,25 +29,29 @@ class weight_update:
 
     def __init__(self, engine: Any) -> None:
         self.engine = getattr(engine, "llm_engine", engine)
-        self._async = hasattr(self.engine, "pause_generation")
+        self._async = not hasattr(self.engine, "step")
+        self._state = State.NATIVE
 
     def __enter__(self) -> weight_update:
         if self._async:
             raise WeightUpdateError("this engine is asynchronous: write `async with vllm_compat.weight_update(engine):`")
         self._begin()
         try:
-            self._call("pause_scheduler", "keep", False)
-            self._rest(self._call("is_scheduler_paused"))
+            if self._state is State.NATIVE:
+                self._call("pause_scheduler", "keep", False)
+                self._rest(self._call("is_scheduler_paused"))
+            elif self._state is State.PENDING:
+                self._rest(self._call("vllm_compat_hold", True))
         except BaseException:  # also an interrupt
             _updating.discard(self.engine)
             if self.engine not in _unfinished:  # nothing has changed, so the engine may go on
-                self._call("resume_scheduler")
+                self._resume()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._finished(error):
-            self._call("resume_scheduler")
+            self._resume()
 
     async def __aenter__(self) -> weight_update:
         if not self._async:
@@ -58,20 +61,25 @@ class weight_update:
         await prove_async(self.engine)
         self._begin()
         try:
-            await self.engine.pause_generation(mode="keep", clear_cache=False)
-            self._rest(await self.engine.is_paused())
+            if self._state is State.NATIVE:
+                await self.engine.pause_generation(mode="keep", clear_cache=False)
+                self._rest(await self.engine.is_paused())
+            else:
+                self._rest(await self.engine.engine_core.call_utility_async("vllm_compat_hold", True))
         except BaseException:  # also a cancelled task
             _updating.discard(self.engine)
             if self.engine not in _unfinished:  # nothing has changed, so the engine may go on
-                await asyncio.shield(self.engine.resume_generation())
+                await asyncio.shield(self._resume_async())
             raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._finished(error):
-            await self.engine.resume_generation()
+            await self._resume_async()
 
     def _begin(self) -> None:
+        if self._async and not hasattr(self.engine, "engine_core"):
+            raise WeightUpdateError("V0's AsyncLLMEngine is not supported: use LLM or LLMEngine, whose steps your own code runs")
         config = getattr(self.engine, "vllm_config", None)
         plan = of(config) if config is not None else None
         if plan is None:
@@ -79,11 +87,24 @@ class weight_update:
                 f"{type(self.engine).__name__} is not an engine under vllm_compat: import vllm_compat before it is made"
             )
         decision = plan["synchronized_weight_update"]
-        if decision.state is not State.NATIVE:
+        if not (decision.wanted or decision.state is State.NOT_NEEDED):
             raise WeightUpdateError(f"synchronized_weight_update is {decision.state.value}: {decision.reason}")
         if self.engine in _updating:
             raise WeightUpdateError("another weight update of this engine is under way: one at a time")
+        self._state = decision.state
         _updating.add(self.engine)
+
+    def _resume(self) -> None:
+        if self._state is State.NATIVE:
+            self._call("resume_scheduler")
+        elif self._state is State.PENDING:
+            self._call("vllm_compat_hold", False)
+
+    async def _resume_async(self) -> None:
+        if self._state is State.NATIVE:
+            await self.engine.resume_generation()
+        else:
+            await self.engine.engine_core.call_utility_async("vllm_compat_hold", False)
 
     def _call(self, method: str, *args: Any) -> Any:
         client = self.engine.engine_core
@@ -93,7 +114,7 @@ class weight_update:
 
     def _rest(self, paused: bool) -> None:
         if not paused:
-            raise WeightUpdateError(f"the engine did not pause ({_HOW}): nothing was changed")
+            raise WeightUpdateError("the engine did not come to rest: nothing was changed")
 
     def _finished(self, error: BaseException | None) -> bool:
         _updating.discard(self.engine)

@@ -1,4 +1,4 @@
-"""What several behavior files need: plain engine arguments as native routes."""
+"""What several behavior files need: version ranges, plain engine arguments as native routes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any
 
 from vllm_compat.patching.model import Native
 
-# The releases whose routes have been run on a real engine; one behavior file per trait says how.
-V1_RELEASES = "==0.32.0"
+# Every route ends at the newest release that was read; `docs/a-new-release.md` says how to move it.
+LAST = "<=0.33.0"
+V0_RELEASES = ">=0.8.5,<0.11.0"  # V0's code is gone in 0.11.0
+V1_RELEASES = f">=0.8.5,{LAST}"
+V2_RELEASES = f">=0.12.0,{LAST}"  # the first with Model Runner V2
 
 
 def engine_arg(name: str, value: Any, *, runners: tuple[str, ...] = ("v1",), versions: str = V1_RELEASES) -> Native:
@@ -23,5 +26,5 @@ def engine_arg(name: str, value: Any, *, runners: tuple[str, ...] = ("v1",), ver
         value=f"{name}={value!r}",
         read=lambda args: args.explicit(name),
         write=write,
-        accepts=lambda given: given == value,
+        accepts=lambda given: getattr(given, "value", given) == value,  # vLLM 0.10.2 has an Enum for logprobs_mode
     )

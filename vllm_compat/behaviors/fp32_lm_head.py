@@ -6,21 +6,30 @@ back. A bfloat16 head is the largest numeric source of rollout/trainer mismatch 
 arXiv 2506.13585: correlation 0.987 -> 0.997; ScaleRL, arXiv 2510.13786: asymptote 0.52 -> 0.61). V0 had a bfloat16
 head as well: this trait goes beyond V0, to the values that V0 computes in float32. Give the trainer the same head.
 
-On this release vLLM's own ``hf_overrides={"head_dtype": "float32"}`` does it, tied heads included; it was accepted
-and ignored before 0.26.0. A quantized head cannot: it is refused by name.
+From 0.26.0 vLLM's own ``hf_overrides={"head_dtype": "float32"}`` does it, tied heads included; before, it was accepted and
+ignored, and `apply` replaces the product of every unquantized head: whatever layer a model hands to its
+LogitsProcessor, by object and not by name. No float32 copy of the weight is kept, so none can go stale. A quantized head
+cannot: it is refused by name.
+
+vLLM 0.17.0 to 0.21.0 have a top-k/top-p kernel that misreads a float32 slice of a padded vocabulary (bfloat16 logits were
+copied on their way): `contiguous_logits` hands on a copy there.
 
 Upstream: https://github.com/vllm-project/vllm/pull/48390. Delete when: never, it is an option of vLLM.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from vllm_compat.behaviors._common import V1_RELEASES
+from vllm_compat.behaviors._common import LAST, V0_RELEASES
 from vllm_compat.patching.model import UNSET, Behavior, Check, CheckFailed, Native, Patch, Role, Target
 
 _PLAIN = ("UnquantizedEmbeddingMethod", "UnquantizedLinearMethod")
 _PROBE_ROWS, _PROBE_COLUMNS = 4, 1024
+_APPLY = Target(
+    path="vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod.apply", params=("layer", "x", "bias")
+)
 
 
 class MergedOverrides:
@@ -52,6 +61,44 @@ def _accepts(value: Any) -> bool:
     return str(value).removeprefix("torch.").lower() in ("float32", "float")
 
 
+def _build_apply(original: Any, module: Any) -> Any:
+    def apply(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
+        import torch
+
+        weight = layer.weight
+        if x.dtype == torch.float32 and weight.dtype == torch.float32:
+            return original(self, layer, x, bias)
+        flat = x.reshape(-1, x.shape[-1])
+        # bfloat16 in, float32 sums out, without a float32 copy of the weight: torch 2.8 on, on CUDA only.
+        if x.is_cuda and x.dtype == weight.dtype and "dtype" in torch.ops.aten.mm.overloads():
+            logits = torch.mm(flat, weight.t(), out_dtype=torch.float32)
+        else:
+            tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+            try:
+                logits = flat.float() @ weight.float().t()
+            finally:
+                torch.backends.cuda.matmul.allow_tf32 = tf32
+        if bias is not None:
+            logits = logits + bias.float()
+        return logits.reshape(*x.shape[:-1], logits.shape[-1])
+
+    return apply
+
+
+def _build_contiguous(original: Any, module: Any) -> Any:
+    def _get_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
+        logits = original(self, *args, **kwargs)
+        return None if logits is None else logits.contiguous()
+
+    return _get_logits
+
+
+def _compute_logits(model: Any, hidden: Any) -> Any:
+    """The model's logits. Up to 0.10.2 a second argument says which rows to keep; None keeps all."""
+    takes = inspect.signature(model.compute_logits).parameters
+    return model.compute_logits(hidden, None) if "sampling_metadata" in takes else model.compute_logits(hidden)
+
+
 class _Seen(Exception):
     """Carries what a model hands to its LogitsProcessor out of ``compute_logits``."""
 
@@ -65,10 +112,12 @@ def _head(worker: Any) -> tuple[Any, Any] | None:
 
     model = worker.model_runner.get_model()
     handles = [module.register_forward_pre_hook(seen, with_kwargs=True) for module in _logits_processors(model)]
-    hidden = torch.zeros(1, worker.model_config.get_hidden_size(), dtype=worker.model_config.dtype, device=worker.device)
+    hidden = torch.zeros(
+        1, worker.model_config.get_hidden_size(), dtype=worker.model_config.dtype, device=worker.model_runner.device
+    )
     try:
         with torch.inference_mode():
-            model.compute_logits(hidden)
+            _compute_logits(model, hidden)
     except _Seen as found:
         return found.args[0], found.args[1]
     finally:
@@ -86,7 +135,8 @@ def _logits_processors(model: Any) -> list[Any]:
 def _generates(worker: Any) -> bool:
     from vllm.distributed import get_pp_group
 
-    return bool(get_pp_group().is_last_rank and worker.model_config.runner_type == "generate")
+    # V0 knew "draft" besides; a release that has no kind of runner only generates here
+    return bool(get_pp_group().is_last_rank and getattr(worker.model_config, "runner_type", "generate") == "generate")
 
 
 def _build_load(original: Any, module: Any) -> Any:
@@ -119,18 +169,19 @@ def _worker(worker: Any) -> str:
     method = type(head.quant_method).__name__
     if method not in _PLAIN:
         raise CheckFailed(f"the lm_head is quantized ({method}) and stays so: exclude lm_head from the quantization")
-    model, dtype, device = worker.model_runner.get_model(), worker.model_config.dtype, worker.device
+    model, dtype, device = worker.model_runner.get_model(), worker.model_config.dtype, worker.model_runner.device
     hidden = torch.randn(_PROBE_ROWS, worker.model_config.get_hidden_size(), generator=torch.Generator().manual_seed(0))
     seen: dict[str, Any] = {}
 
     def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         seen.update(hidden=args[1] if len(args) > 1 else kwargs["hidden_states"], logits=output)
-        seen["bias"] = args[2] if len(args) > 2 else kwargs.get("embedding_bias")
+        named = dict(zip(list(inspect.signature(module.forward).parameters), args)) | kwargs
+        seen["bias"] = named.get("embedding_bias")
 
     handle = processor.register_forward_hook(keep, with_kwargs=True)
     try:
         with torch.inference_mode():
-            returned = model.compute_logits(hidden.to(device, dtype))
+            returned = _compute_logits(model, hidden.to(device, dtype))
     finally:
         handle.remove()
     if returned is None:
@@ -165,8 +216,38 @@ BEHAVIOR = Behavior(
     v1="logits rounded to the model's dtype (bfloat16: 8 bits)",
     cost="every logit is rounded to the model's dtype (bfloat16: by up to 0.2 % of its value)",
     routes=(
+        Patch(
+            name="float32_product",
+            versions=V0_RELEASES,
+            runners=("v0",),
+            role=Role.WORKER,
+            target=_APPLY,
+            build=_build_apply,
+            upstream="https://github.com/vllm-project/vllm/pull/48390 is in 0.26.0",
+            remove_when="the floor is vLLM 0.26.0",
+        ),
+        Patch(
+            name="float32_product",
+            versions=">=0.8.5,<0.26.0",
+            runners=("v1", "v2"),
+            role=Role.WORKER,
+            target=_APPLY,
+            build=_build_apply,
+            upstream="https://github.com/vllm-project/vllm/pull/48390 is in 0.26.0",
+            remove_when="the floor is vLLM 0.26.0",
+        ),
+        Patch(
+            name="contiguous_logits",
+            versions=">=0.17.0,<0.22.0",
+            runners=("v1", "v2"),
+            role=Role.WORKER,
+            target=Target(path="vllm.model_executor.layers.logits_processor:LogitsProcessor._get_logits"),
+            build=_build_contiguous,
+            upstream="vllm/v1/sample/ops/topk_topp_triton.py indexes rows by the vocabulary's size; mended in 0.22.0",
+            remove_when="the floor is vLLM 0.22.0",
+        ),
         Native(
-            versions=V1_RELEASES,
+            versions=f">=0.26.0,{LAST}",
             runners=("v1", "v2"),
             option="hf_overrides.head_dtype",
             value="hf_overrides={'head_dtype': 'float32'}",
@@ -177,7 +258,7 @@ BEHAVIOR = Behavior(
         ),
         Patch(
             name="quantized_head",
-            versions=V1_RELEASES,
+            versions=f">=0.26.0,{LAST}",
             runners=("v1", "v2"),
             role=Role.WORKER,
             target=Target(path="vllm.v1.worker.gpu_worker:Worker.load_model"),
@@ -191,6 +272,7 @@ BEHAVIOR = Behavior(
         Target(
             path="vllm.model_executor.layers.logits_processor:LogitsProcessor._apply_head",
             params=("lm_head", "hidden_states", "embedding_bias"),
+            versions=f">=0.26.0,{LAST}",
         ),
     ),
 )

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_compat.behaviors._common import engine_arg
-from vllm_compat.patching.model import Behavior, Check, CheckFailed, Role
+from vllm_compat.behaviors._common import LAST, V0_RELEASES, engine_arg
+from vllm_compat.patching.model import Behavior, Check, CheckFailed, NotNeeded, Role
 
 
 def _core(core: Any) -> str:
@@ -30,6 +30,10 @@ BEHAVIOR = Behavior(
     v0="a step is scheduled after the one before it has been sampled",
     v1="the next step is scheduled while one runs (default from vLLM 0.14.0 where the platform allows)",
     cost="a step may already be scheduled when a weight update asks for quiet",
-    routes=(engine_arg("async_scheduling", False, runners=("v1", "v2")),),
+    routes=(
+        NotNeeded(versions=V0_RELEASES, runners=("v0",), reason="this is V0: its steps are not asynchronous"),
+        NotNeeded(versions=">=0.8.5,<0.10.0", reason="this release has no asynchronous scheduling"),
+        engine_arg("async_scheduling", False, runners=("v1", "v2"), versions=f">=0.10.0,{LAST}"),
+    ),
     checks=(Check(name="batch_queue", role=Role.ENGINE_CORE, run=_core),),
 )

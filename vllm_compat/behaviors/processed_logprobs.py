@@ -10,18 +10,26 @@ So: the option for the sampled rows, and two patches on Model Runner V1. `min_p_
 as a step in front of min-p (no body is copied); `prompt_rows` scores each request's prompt with that request's
 filters.
 
+The option came with 0.10.0 and meant what V0 did from 0.11.0. In 0.10.2 it divides greedy rows of a mixed batch by
+-1 (`greedy_temperature`). Up to 0.10.1.1 it has the rows before temperature and filters, or is not there at all:
+`v0_sample` samples in V0's order, always with torch's own filters (FlashInfer's sampler knows no logprobs), and leaves what
+it sampled from to `v0_gather`, which comes next.
+
 Specification: `vllm_compat.v0_formula`. Upstream: https://github.com/vllm-project/vllm/pull/21398 and issue 47680.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_compat.behaviors._common import V1_RELEASES, engine_arg
-from vllm_compat.patching.model import Behavior, Check, CheckFailed, Patch, Role, Target, Unsupported
+from vllm_compat.behaviors._common import LAST, V0_RELEASES, V1_RELEASES, V2_RELEASES, engine_arg
+from vllm_compat.patching.model import Behavior, Check, CheckFailed, NotNeeded, Patch, Role, Target, Unsupported
 
+# Releases whose option is missing, or means rows before temperature and filters.
+_NO_OPTION = ">=0.8.5,<0.10.2"
 # Rows filtered at a time: sorting a whole prompt's [rows, vocab] would need several times its memory.
 _BLOCK_ROWS = 256
 
@@ -62,6 +70,52 @@ def _build_sample(original: Any, module: Any) -> Any:
     return sample
 
 
+def _build_v0_sample(original: Any, module: Any) -> Any:
+    def sample(self: Any, logits: Any, sampling_metadata: Any) -> Any:
+        import torch
+        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+        metadata, greedy = sampling_metadata, None
+        if not metadata.all_random:
+            greedy = self.greedy_sample(logits)
+        if metadata.all_greedy:
+            sampled = greedy
+        else:
+            temperature = metadata.temperature
+            logits = logits.div_(torch.where(temperature < 1e-5, 1.0, temperature).unsqueeze(1))
+            logits = apply_top_k_top_p(logits, metadata.top_k, metadata.top_p)
+            if hasattr(metadata, "logitsprocs"):  # from 0.9.2
+                for processor in metadata.logitsprocs.argmax_invariant:
+                    logits = processor.apply(logits)
+            elif metadata.min_p is not None:
+                logits = self.apply_min_p(logits, metadata.min_p)
+            sampled = self.topk_topp_sampler(logits, metadata.generators, None, None)
+            if greedy is not None:
+                sampled = torch.where(temperature < 1e-5, greedy, sampled)
+        if metadata.max_num_logprobs is not None:
+            self._vllm_compat_processed = self.compute_logprobs(logits)
+        return sampled
+
+    return sample
+
+
+def _build_v0_gather(original: Any, module: Any) -> Any:
+    def gather_logprobs(self: Any, logprobs: Any, num_logprobs: int, token_ids: Any) -> Any:
+        processed = vars(self).pop("_vllm_compat_processed", None)  # prompt rows come without
+        return original(self, logprobs if processed is None else processed, num_logprobs, token_ids)
+
+    return gather_logprobs
+
+
+def _build_temperature(original: Any, module: Any) -> Any:
+    def apply_temperature(self: Any, logits: Any, temp: Any) -> Any:
+        import torch
+
+        return original(self, logits, torch.where(temp < 1e-5, 1.0, temp))
+
+    return apply_temperature
+
+
 def _filtered(logits: Any, params: Any, top_k_top_p: Any) -> Any:
     """V0's prompt-row distribution. logits: [rows, vocab], changed in place where float32. Returns logprobs [rows, vocab]."""
     import torch
@@ -86,7 +140,8 @@ def _filtered(logits: Any, params: Any, top_k_top_p: Any) -> Any:
 
 def _build_prompt(original: Any, module: Any) -> Any:
     def _get_prompt_logprobs_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        wanted = self.num_prompt_logprobs
+        holder = self if hasattr(self, "num_prompt_logprobs") else self.input_batch  # the latter up to 0.11.2
+        wanted = holder.num_prompt_logprobs
         if not wanted:
             return original(self, *args, **kwargs)
         from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
@@ -99,12 +154,12 @@ def _build_prompt(original: Any, module: Any) -> Any:
             for request_id in list(wanted):
                 params = self.requests[request_id].sampling_params
                 sampler.compute_logprobs = lambda logits, params=params: _filtered(logits, params, apply_top_k_top_p)
-                self.num_prompt_logprobs = {request_id: wanted[request_id]}
+                holder.num_prompt_logprobs = {request_id: wanted[request_id]}
                 results.update(original(self, *args, **kwargs))
-                if request_id not in self.num_prompt_logprobs:
+                if request_id not in holder.num_prompt_logprobs:
                     del wanted[request_id]
         finally:
-            self.num_prompt_logprobs = wanted
+            holder.num_prompt_logprobs = wanted
             vars(sampler).pop("compute_logprobs", None)
         return results
 
@@ -151,43 +206,77 @@ def _compare(name: str, found: Any, expected: Any) -> float:
     return worst
 
 
+def _processors(config: Any, device: Any, params: list[Any]) -> Any:
+    """vLLM's own logits processors holding these requests, or None up to 0.9.1, which has none."""
+    try:
+        from vllm.v1.sample import logits_processor as library
+    except ImportError:
+        return None
+    added: list[tuple[Any, ...]]
+    if hasattr(library, "build_logitsprocs"):  # from 0.10.1
+        made = library.build_logitsprocs(config, device, False, False)
+        stateful = list(made.all)
+        added = [(row, given, _PROMPT, _OUTPUT) for row, given in enumerate(params)]
+    else:
+        made = library.init_builtin_logitsprocs(False, len(params), device)
+        stateful = [*made.non_argmax_invariant, *made.argmax_invariant]
+        added = [(row, given, _OUTPUT) for row, given in enumerate(params)]
+    for processor in stateful:
+        processor.update_state(library.BatchUpdate(batch_size=len(params), removed=[], added=added, moved=[]))
+    return made
+
+
+def _metadata(config: Any, device: Any, params: list[Any]) -> Any:
+    """vLLM's SamplingMetadata for one row a request. Its fields differ between releases."""
+    import torch
+    from vllm.v1.sample.metadata import SamplingMetadata
+
+    def column(name: str, dtype: Any = torch.float32) -> Any:
+        return torch.tensor([getattr(given, name) for given in params], dtype=dtype, device=device)
+
+    top_k, count = column("top_k", torch.int32), len(params)
+    values = {
+        "temperature": column("temperature"), "all_greedy": False, "all_random": False, "top_p": column("top_p"),
+        "top_k": torch.where(top_k > 0, top_k, _VOCAB), "generators": {}, "max_num_logprobs": _VOCAB, "no_penalties": False,
+        "prompt_token_ids": torch.tensor([_PROMPT] * count, device=device),
+        "frequency_penalties": column("frequency_penalty"), "presence_penalties": column("presence_penalty"),
+        "repetition_penalties": column("repetition_penalty"), "output_token_ids": [list(_OUTPUT) for _ in params],
+        "allowed_token_ids_mask": None, "bad_words_token_ids": {}, "logitsprocs": _processors(config, device, params),
+        # up to 0.9.1, where the logits processors have these
+        "min_p": column("min_p"), "min_tokens": {}, "logit_bias": [given.logit_bias for given in params],
+    }  # fmt: skip
+    names = {field.name for field in dataclasses.fields(SamplingMetadata)}
+    return SamplingMetadata(**{name: value for name, value in values.items() if name in names})
+
+
+def _dense(rows: Any) -> Any:
+    """vLLM's (ids, logprobs) of every token as float32 [rows, vocab], on the CPU."""
+    import torch
+
+    ids, logprobs = rows.logprob_token_ids.cpu().long(), rows.logprobs.cpu()
+    return torch.full((len(ids), _VOCAB), -torch.inf).scatter_(1, ids, logprobs)
+
+
 def _worker(worker: Any) -> str:
     import torch
     from vllm import SamplingParams
     from vllm.distributed import get_pp_group
-    from vllm.v1.sample.logits_processor import BatchUpdate, build_logitsprocs
-    from vllm.v1.sample.metadata import SamplingMetadata
 
     from vllm_compat.v0_formula import Setting, processed_logprobs
 
     if worker.vllm_config.speculative_config is not None:
         raise CheckFailed("speculative decoding samples elsewhere and was not proven: turn it off")
-    if worker.model_config.runner_type != "generate" or not get_pp_group().is_last_rank:
+    if getattr(worker.model_config, "runner_type", "generate") != "generate" or not get_pp_group().is_last_rank:
         return "this process does not sample"
-    runner, device, count = worker.model_runner, worker.device, len(_SETTINGS)
+    runner, count = worker.model_runner, len(_SETTINGS)
+    device = runner.device  # a CPU worker's own is not always set
     params = [SamplingParams(**{"max_tokens": 8, **given}) for given in _SETTINGS.values()]
-    processors = build_logitsprocs(worker.vllm_config, device, False, False)
-    added = [(row, given, _PROMPT, _OUTPUT) for row, given in enumerate(params)]
-    for processor in processors.all:
-        processor.update_state(BatchUpdate(batch_size=count, removed=[], added=added, moved=[]))
-
-    def column(name: str, dtype: Any = torch.float32) -> Any:
-        return torch.tensor([getattr(given, name) for given in params], dtype=dtype, device=device)
-
-    top_k = column("top_k", torch.int32)
-    metadata = SamplingMetadata(
-        temperature=column("temperature"), all_greedy=False, all_random=False, top_p=column("top_p"),
-        top_k=torch.where(top_k > 0, top_k, _VOCAB), generators={}, max_num_logprobs=-1, no_penalties=False,
-        prompt_token_ids=torch.tensor([_PROMPT] * count, device=device),
-        frequency_penalties=column("frequency_penalty"), presence_penalties=column("presence_penalty"),
-        repetition_penalties=column("repetition_penalty"), output_token_ids=[list(_OUTPUT) for _ in params],
-        allowed_token_ids_mask=None, bad_words_token_ids={}, logitsprocs=processors,
-    )  # fmt: skip
+    metadata = _metadata(worker.vllm_config, device, params)
     logits, worst = self_test_logits(), 0.0
     # Eager: the real requests compile what they need later. The noise drawn here is given back.
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"), torch.inference_mode():
-        sampled = runner.sampler(logits=logits.to(device, copy=True), sampling_metadata=metadata).logprobs_tensors.logprobs
+        sampled = _dense(runner.sampler(logits=logits.to(device, copy=True), sampling_metadata=metadata).logprobs_tensors)
         for row, (name, given) in enumerate(_SETTINGS.items()):
             setting = Setting(**given)
             worst = max(worst, _compare(name, sampled[row], processed_logprobs(logits[row], setting, _PROMPT, _OUTPUT)))
@@ -202,19 +291,24 @@ def _prompt_rows(runner: Any, device: Any, logits: Any, params: Any) -> Any:
     """Score a made-up prompt through the runner class's own function. Returns logprobs [rows, vocab]."""
     import torch
 
-    length = len(logits) + 1
+    length, score = len(logits) + 1, type(runner)._get_prompt_logprobs_dict
     request = SimpleNamespace(
         prompt_token_ids=list(range(length)), in_progress_prompt_logprobs_cpu=None, num_computed_tokens=0, sampling_params=params
     )
+    first = torch.zeros(1, dtype=torch.int64).numpy()
     stand_in = SimpleNamespace(
-        num_prompt_logprobs={"probe": _VOCAB}, requests={"probe": request}, device=device, sampler=runner.sampler,
-        input_batch=SimpleNamespace(req_id_to_index={"probe": 0}), model_config=runner.model_config,
-        query_start_loc=SimpleNamespace(np=torch.zeros(1, dtype=torch.int64).numpy()),
-        model=SimpleNamespace(compute_logits=lambda hidden: hidden.clone()), _sync_device=runner._sync_device,
+        requests={"probe": request}, device=device, sampler=runner.sampler, model_config=runner.model_config,
+        input_batch=SimpleNamespace(req_id_to_index={"probe": 0}, in_progress_prompt_logprobs_cpu={}),
+        query_start_loc=SimpleNamespace(np=first), query_start_loc_np=first,
+        model=SimpleNamespace(compute_logits=lambda hidden, *_: hidden.clone()),
+        _sync_device=getattr(runner, "_sync_device", None),
     )  # fmt: skip
-    rows = type(runner)._get_prompt_logprobs_dict(stand_in, logits, {"probe": length})["probe"]
-    full = torch.full((length - 1, _VOCAB), -torch.inf)
-    return full.scatter_(1, rows.logprob_token_ids.long(), rows.logprobs)
+    holder = stand_in if hasattr(runner, "num_prompt_logprobs") else stand_in.input_batch
+    holder.num_prompt_logprobs = {"probe": _VOCAB}
+    scheduled: Any = {"probe": length}
+    if "scheduler_output" in inspect.signature(score).parameters:  # up to 0.10.1.1
+        scheduled = SimpleNamespace(num_scheduled_tokens=scheduled)
+    return _dense(score(stand_in, logits, scheduled)["probe"])
 
 
 BEHAVIOR = Behavior(
@@ -223,10 +317,40 @@ BEHAVIOR = Behavior(
     v1="log-softmax of the raw logits; by option processed, but min-p first and prompt rows raw",
     cost="importance ratios and KL are computed from another distribution than the tokens were drawn from",
     routes=(
-        engine_arg("logprobs_mode", "processed_logprobs"),
+        NotNeeded(versions=V0_RELEASES, runners=("v0",), reason="this is V0"),
+        Patch(
+            name="v0_sample",
+            versions=_NO_OPTION,
+            role=Role.WORKER,
+            target=Target(path="vllm.v1.sample.sampler:Sampler.sample", params=("logits", "sampling_metadata")),
+            build=_build_v0_sample,
+            upstream="https://github.com/vllm-project/vllm/pull/21398 and its successors, complete in 0.11.0",
+            remove_when="the floor is vLLM 0.10.2",
+        ),
+        Patch(
+            name="v0_gather",
+            versions=_NO_OPTION,
+            role=Role.WORKER,
+            target=Target(
+                path="vllm.v1.sample.sampler:Sampler.gather_logprobs", params=("logprobs", "num_logprobs", "token_ids")
+            ),
+            build=_build_v0_gather,
+            upstream="https://github.com/vllm-project/vllm/pull/21398 and its successors, complete in 0.11.0",
+            remove_when="the floor is vLLM 0.10.2",
+        ),
+        engine_arg("logprobs_mode", "processed_logprobs", versions=f">=0.10.0,{LAST}"),
+        Patch(
+            name="greedy_temperature",
+            versions=">=0.10.2,<0.11.0",
+            role=Role.WORKER,
+            target=Target(path="vllm.v1.sample.sampler:Sampler.apply_temperature", params=("logits", "temp")),
+            build=_build_temperature,
+            upstream="vllm/v1/sample/sampler.py of 0.10.2 divides greedy rows by -1; mended in 0.11.0",
+            remove_when="the floor is vLLM 0.11.0",
+        ),
         Patch(
             name="min_p_last",
-            versions=V1_RELEASES,
+            versions=f">=0.10.2,{LAST}",
             role=Role.WORKER,
             target=Target(path="vllm.v1.sample.sampler:Sampler.sample", params=("logits", "sampling_metadata")),
             build=_build_sample,
@@ -238,15 +362,14 @@ BEHAVIOR = Behavior(
             versions=V1_RELEASES,
             role=Role.WORKER,
             target=Target(
-                path="vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict",
-                params=("hidden_states", "num_scheduled_tokens"),
+                path="vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict", params=("hidden_states",)
             ),
             build=_build_prompt,
             upstream="https://github.com/vllm-project/vllm/issues/47680: prompt rows skip the sampling processors",
             remove_when="logprobs_mode='processed_logprobs' covers prompt rows",
         ),
         Unsupported(
-            versions=V1_RELEASES,
+            versions=V2_RELEASES,
             runners=("v2",),
             reason="Model Runner V2 scores prompts raw and filters by min-p first: let model_runner_v1 pin Model Runner V1",
         ),
@@ -255,6 +378,9 @@ BEHAVIOR = Behavior(
     relies_on=(
         Target(path="vllm.v1.sample.sampler:Sampler.compute_logprobs", params=("logits",)),
         Target(path="vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p", params=("logits", "k", "p")),
-        Target(path="vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor.apply", params=("logits",)),
+        Target(path="vllm.v1.sample.sampler:Sampler.apply_min_p", params=("logits", "min_p"), versions="<0.9.2"),
+        Target(path="vllm.v1.sample.logits_processor:MinPLogitsProcessor.apply", params=("logits",), versions=">=0.9.2,<0.10.1"),
+        Target(path="vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor.apply", params=("logits",), versions=">=0.10.1"),
+        Target(path="vllm.v1.sample.sampler:Sampler.forward", params=("logits", "sampling_metadata")),
     ),
 )

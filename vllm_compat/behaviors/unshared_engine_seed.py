@@ -17,15 +17,16 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from vllm_compat.behaviors._common import V1_RELEASES
-from vllm_compat.patching.model import Behavior, Check, CheckFailed, Native, Patch, Role, Target
+from vllm_compat.behaviors._common import LAST, V0_RELEASES
+from vllm_compat.patching.model import Behavior, Check, CheckFailed, Native, NotNeeded, Patch, Role, Target
 
 # Far more than any number of engines a run starts after one another: replica seeds do not meet.
 _REPLICA_STRIDE = 1_000_003
 
 
 def _write(args: Any) -> None:
-    if (args.distributed_executor_backend == "external_launcher" or args.nnodes > 1) and (
+    nodes = getattr(args, "nnodes", 1)  # from 0.11.1
+    if (args.distributed_executor_backend == "external_launcher" or nodes > 1) and (
         args.tensor_parallel_size * args.pipeline_parallel_size > 1
     ):
         # Each of these processes builds its own configuration: a fresh seed in each would make the ranks of
@@ -37,9 +38,14 @@ def _write(args: Any) -> None:
     args.seed = secrets.randbelow(2**31 - 1) + 1
 
 
+def _replica(parallel: Any) -> int:
+    """Which data-parallel replica this is. From 0.14.0 the rank of a dense model's replica is always 0."""
+    return int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
+
+
 def _build(original: Any, module: Any) -> Any:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        replica = vllm_config.parallel_config.data_parallel_index
+        replica = _replica(vllm_config.parallel_config)
         model = vllm_config.model_config
         # In-process executors hand the same object to every worker they start: add the index once.
         if replica and getattr(model, "_vllm_compat_replica", None) != replica:
@@ -51,7 +57,7 @@ def _build(original: Any, module: Any) -> Any:
 
 
 def _worker(worker: Any) -> str:
-    seed, replica = worker.model_config.seed, worker.parallel_config.data_parallel_index
+    seed, replica = worker.model_config.seed, _replica(worker.parallel_config)
     if not seed:
         raise CheckFailed(f"seed={seed!r}: shared with every other engine that was given none")
     return f"seed={seed}" + (f", replica {replica}" if replica else "")
@@ -63,8 +69,10 @@ BEHAVIOR = Behavior(
     v1="no seed given: every engine and replica is seeded with 0 and draws the same samples",
     cost="engines and replicas with the same seed draw the same samples",
     routes=(
+        NotNeeded(versions=V0_RELEASES, runners=("v0",), reason="this is V0: without a seed it seeds nothing"),
+        NotNeeded(versions=">=0.8.5,<0.9.0", reason="without a seed this release seeds nothing"),
         Native(
-            versions=V1_RELEASES,
+            versions=f">=0.9.0,{LAST}",
             runners=("v1", "v2"),
             option="seed",
             value="seed=<fresh>",
@@ -74,7 +82,7 @@ BEHAVIOR = Behavior(
         ),
         Patch(
             name="replica_seed",
-            versions=V1_RELEASES,
+            versions=f">=0.9.0,{LAST}",
             runners=("v1", "v2"),
             role=Role.WORKER,
             target=Target(path="vllm.v1.worker.worker_base:WorkerBase.__init__", params=("vllm_config",)),

@@ -7,15 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_compat import profiles, report, settings, vllm_info
-from vllm_compat.behaviors import ALL
+from vllm_compat import profiles, releases, report, settings, vllm_info
 from vllm_compat.engine_hooks import FRAME
 from vllm_compat.errors import TargetError
-from vllm_compat.front import given_by_user, probe_all, resolved, supported_releases
+from vllm_compat.front import asked_runner, given_by_user, probe_all, resolved
 from vllm_compat.patching.model import State
 from vllm_compat.patching.probe import probe
 from vllm_compat.plan import KEY
-from vllm_compat.resolve import supported
+from vllm_compat.resolve import within
 
 
 def add_arguments(commands: Any) -> None:
@@ -58,8 +57,9 @@ def diagnose(model: str | None) -> dict[str, Any]:
         findings.append("vLLM is not installed in this environment: nothing to do here")
         return data
     data["vllm"] = installed.version
-    if not supported(ALL, installed.release):
-        findings.append(f"vLLM {installed.version} is not supported; supported: {', '.join(supported_releases())}")
+    why = releases.refused(installed.release)
+    if why:
+        findings.append(f"vLLM {installed.version} is not supported: {why}")
         return data
     allowed = settings.vllm_plugins()
     if allowed is not None and KEY not in allowed:
@@ -68,11 +68,13 @@ def diagnose(model: str | None) -> dict[str, Any]:
             f"made after `import vllm_compat` is refused. Add vllm_compat to it, or unset it."
         )
     profile, notes = profiles.choose(current.profile, _config(model))
-    plan = resolved(current, installed.release, profile, given_by_user(None))
+    user = given_by_user(None, installed.release)
+    plan = resolved(current, installed.release, profile, user, runner=asked_runner())
     wrong = probe_all(plan)
     for patch in FRAME:
         try:
-            if patch.name not in ("given", "given_async"):  # made by @dataclass: not in the source
+            # what @dataclass made is not in the source
+            if patch.name not in ("given", "given_async") and within(installed.release, patch.versions):
                 probe(patch.target, installed.root, absent=patch.adds)
         except TargetError as error:
             findings.append(str(error))

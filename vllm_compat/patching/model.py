@@ -38,12 +38,14 @@ class Target:
     """A function of the patched library: ``module:Class.method`` or ``module:function``.
 
     ``params`` are the parameter names relied on (a superset in the library is fine). ``traced``
-    targets run inside ``torch.compile``, so no bookkeeping may be added around them.
+    targets run inside ``torch.compile``, so no bookkeeping may be added around them. ``versions`` narrows a target that
+    is only relied on to the releases that have it.
     """
 
     path: str
     params: tuple[str, ...] = ()
     traced: bool = False
+    versions: str = ""
 
     @property
     def module(self) -> str:

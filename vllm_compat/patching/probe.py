@@ -6,6 +6,7 @@ Only the block of the wanted function is parsed: parsing whole files of the libr
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 import textwrap
 from functools import lru_cache
@@ -46,6 +47,27 @@ def probe(target: Target, root: Path, *, absent: bool = False) -> ast.FunctionDe
     if missing:
         raise TargetChangedError(target.path, f"it no longer takes {', '.join(sorted(missing))}")
     return function
+
+
+def fingerprint(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """12 hex digits that change when the function does something else: layout, comments, docstring and annotations do
+    not count. Made from the syntax tree by hand, since `ast.dump` differs between releases of Python."""
+    return hashlib.sha256(repr(_shape(function)).encode()).hexdigest()[:12]
+
+
+_NOT_CODE = {"ctx", "kind", "type_comment", "type_params", "annotation", "returns", "simple"}
+
+
+def _shape(node: object) -> object:
+    if isinstance(node, ast.AST):
+        fields = {name: getattr(node, name, None) for name in node._fields if name not in _NOT_CODE}
+        body = fields.get("body")
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+            fields["body"] = body[1:] if isinstance(body, list) else body
+        return (type(node).__name__, *((name, _shape(value)) for name, value in fields.items() if value not in (None, [])))
+    if isinstance(node, list):
+        return [_shape(item) for item in node]
+    return repr(node)
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ import types
 from typing import Any
 
 from vllm_compat.errors import PatchConflictError, TargetChangedError, TargetMissingError
-from vllm_compat.patching.model import UNSET, Entry, Patch
+from vllm_compat.patching.model import UNSET, Entry, Patch, Target
 
 
 def install(module: types.ModuleType, patch: Patch, library_root: str | None) -> Entry:
@@ -65,6 +65,12 @@ def _marking(entry: Entry, original: Any, new: Any) -> Any:
         return new(*args, **kwargs)
 
     return replacement
+
+
+def is_alias(module: types.ModuleType, target: Target) -> bool:
+    """Whether the target's class is another module's, under a second name here."""
+    owner = vars(module).get(target.qualname.partition(".")[0])
+    return isinstance(owner, type) and owner.__module__ != module.__name__
 
 
 def undo(entry: Entry) -> bool:
