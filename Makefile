@@ -7,7 +7,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: setup demo test test-fast lint bench clean
+.PHONY: setup demo test test-fast lint bench sources matrix releases clean
 
 setup: $(VENV)/.ready
 
@@ -38,7 +38,21 @@ lint: setup
 
 bench: setup
 	$(RUN) benchmarks/import_time.py
+	$(RUN) benchmarks/start_cost.py
 	$(RUN) benchmarks/throughput.py
+
+# What did a release move? VERSION=<version|wheel|folder>; WRITE=1 keeps it; DIFF=<version> prints the changed bodies.
+sources: setup
+	@test -n "$(VERSION)" || { echo 'make sources VERSION=0.34.0 (or a path to a wheel)'; exit 2; }
+	$(RUN) tests/releases/sources.py $(VERSION) $(if $(WRITE),--write) $(if $(DIFF),--diff $(DIFF))
+
+# One real engine after another, each in an environment of its own: VERSIONS="0.18.1 0.26.0", or the standard list.
+matrix: setup
+	$(RUN) tests/releases/matrix.py $(VERSIONS)
+
+# The tables in README.md and docs/releases.md, from the data of the two above.
+releases: setup
+	$(RUN) tests/releases/documents.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,3 +42,22 @@ def clean_environment(**more: str) -> dict[str, str]:
         "PYTHONWARNINGS": "default",
         **more,
     }
+
+
+def run_script(
+    python: str, folder: Path, script: str, *args: str, environment: dict[str, str] | None = None, timeout: int = 300
+) -> Ran:
+    """Run a script in a new process of some Python, in a folder of its own. The script may print RESULT and JSON."""
+    file = folder / "script.py"
+    file.write_text(textwrap.dedent(script))
+    done = subprocess.run(
+        [python, str(file), *args],
+        env=clean_environment(**(environment or {})),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Ran(done.returncode, done.stdout)

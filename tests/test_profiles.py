@@ -93,6 +93,7 @@ def test_wheel_holds_profiles_and_entry_points(tmp_path: Path):
         names = set(opened.namelist())
         opened.extractall(tmp_path / "site")
     assert {f"vllm_compat/_profiles/{n}.toml" for n in profiles.shipped()} <= names
+    assert {f"vllm_compat/_releases/{n}" for n in ("releases.toml", "sources.json", "live.json")} <= names
     assert {"vllm_compat_entry.py", "vllm_compat/py.typed"} <= names
     assert not any(name.startswith("vllm_compat/_entry") for name in names)
     script = (

@@ -104,7 +104,9 @@ def test_no_hole_and_no_overlap(release):
             matching = routes(behavior, version, runner)
             assert matching, f"{where}: no route"
             settled = [route for route in matching if isinstance(route, (Unsupported, NotNeeded))]
-            assert not settled or len(matching) == 1, f"{where}: settled, and something else besides"
+            assert len(settled) < 2, where
+            # beside a settled route an option only watches what the user says
+            assert not settled or all(isinstance(route, Native) for route in matching if route not in settled), where
             names = [route.name for route in matching if isinstance(route, Patch)]
             options = [route.option for route in matching if isinstance(route, Native)]
             assert len(set(names)) == len(names), f"{where}: a patch twice"
@@ -151,6 +153,15 @@ def test_the_routes_change_where_vllm_changed(release, behavior, options, patche
     assert [route.option for route in found if isinstance(route, Native)] == options
     assert [route.name for route in found if isinstance(route, Patch)] == patches
     assert options or patches or all(isinstance(route, NotNeeded) for route in found)
+
+
+def test_flashinfer_on_v0_is_the_users_choice():
+    """V0 is V0, unless its FlashInfer sampler is switched on, which returns logprobs before top-k and top-p."""
+    old = {"version": Version("0.8.5"), "runner": "v0"}
+    assert plan(**old)["processed_logprobs"].state is State.NOT_NEEDED
+    assert plan(**old, user={"VLLM_USE_FLASHINFER_SAMPLER": "0"})["processed_logprobs"].state is State.NOT_NEEDED
+    found = plan(**old, user={"VLLM_USE_FLASHINFER_SAMPLER": "1"})["processed_logprobs"]
+    assert (found.state, found.origin) == (State.OVERRIDDEN, "environment")
 
 
 @pytest.mark.parametrize("version", ["0.8.4", "0.33.1", "0.34.0", "0.19.2", "0.18.1rc1", "0.33.0.dev12+g1234567", "0"])

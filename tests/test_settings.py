@@ -45,8 +45,8 @@ def test_bad_value(monkeypatch, name, value):
 
 
 def test_every_behavior_has_its_switch_and_nothing_else_does():
-    """The settings' fields are profile, strict, report_dir and the behaviors, by name."""
-    assert set(settings.Settings.model_fields) == {"profile", "strict", "report_dir", *behaviors.BY_NAME}
+    """The settings' fields are profile, strict, report_dir, lock and the behaviors, by name."""
+    assert set(settings.Settings.model_fields) == {"profile", "strict", "report_dir", "lock", *behaviors.BY_NAME}
     assert all(field.description for field in settings.Settings.model_fields.values())
 
 

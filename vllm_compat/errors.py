@@ -95,5 +95,29 @@ class RecordingError(VllmCompatError):
     """A recording is missing, damaged, of another format, or does not fit."""
 
 
+class LockError(VllmCompatError):
+    """A lock is missing, damaged, of another format, or cannot be written."""
+
+
+class LockMismatchError(VllmCompatError):
+    """An engine would differ from its lock, strict or not. ``differences`` are sentences."""
+
+    def __init__(self, file: str, differences: tuple[str, ...]) -> None:
+        self.file, self.differences = file, differences
+        listed = "\n".join(f"  - {sentence}" for sentence in differences)
+        super().__init__(
+            f"this engine would differ from the lock {file}, so it does not start:\n{listed}\n"
+            f"`vllm-compat lock MODEL --update` accepts the new state, with `--engine-args` where your program's arguments "
+            f"decide; else install the locked versions and take back what changed."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        return type(self), (self.file, self.differences)  # a Ray actor's error reaches its caller by pickle
+
+
+class InputError(VllmCompatError):
+    """A metric or a trainer function was given something it cannot compute from."""
+
+
 class VllmCompatWarning(UserWarning):
     """With ``VLLM_COMPAT_STRICT=0``: what would have been raised."""

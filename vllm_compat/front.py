@@ -11,7 +11,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from vllm_compat import bootstrap, profiles, releases, settings, vllm_info
+from vllm_compat import bootstrap, lockfile, profiles, releases, report, settings, vllm_info
 from vllm_compat.behaviors import ALL, BY_NAME
 from vllm_compat.behaviors._common import V0_RELEASES
 from vllm_compat.errors import (
@@ -23,7 +23,7 @@ from vllm_compat.errors import (
     VllmCompatWarning,
 )
 from vllm_compat.patching.model import UNSET, CheckFailed, Native, NotNeeded, Patch, State, Unsupported
-from vllm_compat.patching.probe import probe
+from vllm_compat.patching.probe import fingerprint, probe
 from vllm_compat.plan import KEY, Plan, PlanCarrier, PlanText
 from vllm_compat.resolve import resolve, routes, targets, within
 
@@ -77,13 +77,22 @@ def create_engine_config(engine_args: Any, original: Callable[[], Any]) -> Any:
         raise UnsupportedBehaviorError(
             f"additional_config is a {type(args.additional_config).__name__}, and vllm_compat's plan travels in it: pass a dict"
         )
+    file = lockfile.find(bootstrap.process.settings.lock)
+    locked = file and lockfile.read(file)
     choices = decide(args)
-    plan = choices(asked_runner())
-    config, plan = _configured(plan, args, original)
-    if _is_v0() and plan.runner != "v0":
-        # vLLM up to 0.10.2 falls back to V0 by itself, and says so only in the finished configuration
-        plan = choices("v0")
-        config, plan = _configured(plan, args, original)
+    environment = settings.environ()
+    before = dict(environment)
+    try:
+        config, plan = _configured(choices(asked_runner()), args, original)
+        if _is_v0() and plan.runner != "v0":
+            # vLLM up to 0.10.2 falls back to V0 by itself, and says so only in the finished configuration
+            config, plan = _configured(choices("v0"), args, original)
+        if file and locked:
+            report.note(plan, lockfile.hold(plan, file, locked))
+    except BaseException:
+        for name in _VARIABLES - set(before):
+            environment.pop(name, None)
+        raise
     config.additional_config[KEY] = PlanText(plan.text())
     # Forked processes inherit this process's patches; engines inside it use them.
     if not any(bootstrap.process.cores):
@@ -92,9 +101,8 @@ def create_engine_config(engine_args: Any, original: Callable[[], Any]) -> Any:
 
 
 def _configured(plan: Plan, args: UserArgs, original: Callable[[], Any]) -> tuple[Any, Plan]:
-    """vLLM's configuration with the plan's values in the arguments; they, and after an error the environment, are as before."""
+    """vLLM's configuration with the plan's values in the arguments, which are then as before."""
     environment = settings.environ()
-    before = dict(environment)
     try:
         for decision in plan.decisions:
             if not (decision.wanted and decision.sets):
@@ -111,10 +119,6 @@ def _configured(plan: Plan, args: UserArgs, original: Callable[[], Any]) -> tupl
         args.additional_config = PlanCarrier(carrier) if Version(plan.vllm) < Version("0.9.0") else carrier
         config = original()
         return config, _as_made(plan, config)
-    except BaseException:
-        for name in _VARIABLES - set(before):
-            environment.pop(name, None)
-        raise
     finally:
         args.restore()
 
@@ -146,7 +150,9 @@ def decide(args: UserArgs) -> Callable[[str], Plan]:
         for decision in plan.decisions:
             if decision.state is State.UNSUPPORTED:
                 _refuse_or_warn(plan, UnsupportedBehaviorError(f"{decision.behavior}: {decision.reason}"))
-        for name, error in probe_all(plan).items():
+        wrong, seen = probe_all(plan)
+        plan = dataclasses.replace(plan, notes=(*plan.notes, *seen))
+        for name, error in wrong.items():
             plan = plan.given_up(name, State.FAILED, str(error))
             _refuse_or_warn(plan, error)
         return plan
@@ -171,7 +177,7 @@ def _is_v0() -> bool:
     return not envs.VLLM_USE_V1
 
 
-def given_by_user(args: UserArgs | None, release: Version) -> dict[str, Any]:
+def given_by_user(args: Any, release: Version) -> dict[str, Any]:
     """The options the user set himself, by name; without arguments (doctor) those in the environment."""
     found: dict[str, Any] = {}
     for native in (route for behavior in ALL for route in behavior.routes if isinstance(route, Native)):
@@ -212,11 +218,13 @@ def resolved(
     return plan
 
 
-def probe_all(plan: Plan) -> dict[str, TargetError]:
-    """What of the plan's targets is not as declared in the installed sources, by behavior. Imports nothing."""
+def probe_all(plan: Plan) -> tuple[dict[str, TargetError], tuple[str, ...]]:
+    """What of the plan's targets is not as declared in the installed sources, by behavior; and, as notes, what is declared
+    so but is not the release's own code, or was never run. Imports nothing."""
     installed = vllm_info.installed()
     assert installed is not None
     wrong: dict[str, TargetError] = {}
+    notes = [releases.shown(installed.release, plan.runner)]
     for decision in plan.decisions:
         behavior = BY_NAME[decision.behavior]
         if not decision.wanted:
@@ -224,10 +232,13 @@ def probe_all(plan: Plan) -> dict[str, TargetError]:
         adds = {patch.target for patch in behavior.patches() if patch.adds}
         for target in targets(behavior, installed.release, plan.runner, decision.patches):
             try:
-                probe(target, installed.root, absent=target in adds)
+                found = probe(target, installed.root, absent=target in adds)
             except TargetError as error:
                 wrong.setdefault(behavior.name, error)
-    return wrong
+                continue
+            if found is not None and releases.changed_locally(target.path, installed.release, fingerprint(found)):
+                notes.append(f"{target.path} is not what vLLM {installed.release} was released with: somebody edited it")
+    return wrong, tuple(dict.fromkeys(note for note in notes if note))
 
 
 def model_config_json(args: Any) -> dict[str, Any] | None:

@@ -25,7 +25,8 @@ class Decision:
     """What happens to one behavior of one engine, and who decided.
 
     ``origin``: ``engine argument``, ``environment``, ``profile`` or ``default``. ``state`` is where it starts:
-    native, pending (patches to be put in), not_needed, disabled, overridden, unsupported.
+    native, pending (patches to be put in), not_needed, disabled, overridden, unsupported. ``given`` is the option with the
+    user's own value that overrode it.
     """
 
     behavior: str
@@ -34,6 +35,7 @@ class Decision:
     reason: str
     sets: tuple[str, ...] = ()
     patches: tuple[str, ...] = ()
+    given: str = ""
 
     @property
     def wanted(self) -> bool:

@@ -43,6 +43,16 @@ def tier(release: Version) -> str:
     return "live" if live().get(str(release), {}).get("passed") else "sources"
 
 
+def shown(release: Version, runner: str) -> str:
+    """A note where the engine that is about to start was never run on this release, else empty."""
+    if _ran(str(release), runner):
+        return ""
+    engine = {"v0": "V0", "v1": "V1", "v2": "Model Runner V2"}[runner]
+    return (
+        f"vLLM {release} on {engine} was checked by its sources, not run: the self-tests of this engine's processes speak for it"
+    )
+
+
 def refused(release: Version) -> str:
     """Why a release is refused, for the middle of a sentence; empty where it is not."""
     known = list(rows())
@@ -50,3 +60,32 @@ def refused(release: Version) -> str:
         return ""
     what = "development builds and candidates have not been read" if release.is_prerelease else "this release has not been read"
     return f"{what}, so nothing is known about it. Install one from {known[0]} to {known[-1]} (`vllm-compat releases`)"
+
+
+@cache
+def sources() -> dict[str, dict[str, str]]:
+    """What was read of every release: function -> release -> fingerprint of its body (`patching.probe.fingerprint`)."""
+    file = folder() / "sources.json"
+    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {
+        path: {release: group["fingerprint"] for group in groups for release in group["releases"]}
+        for path, groups in data.items()
+    }
+
+
+def changed_locally(path: str, release: Version, fingerprint: str) -> bool:
+    """Whether an installed function is not the one that this release was read with."""
+    known = sources().get(path, {}).get(str(release))
+    return known is not None and known != fingerprint
+
+
+def never_run(path: str, release: Version, runner: str) -> bool:
+    """Whether no release with this very body of the function has been run on this runner: it was read only."""
+    bodies = sources().get(path, {})
+    body = bodies.get(str(release))
+    return not any(_ran(other, runner) for other, found in bodies.items() if found == body)
+
+
+def _ran(release: str, runner: str) -> bool:
+    found = live().get(release, {})
+    return bool(found.get("passed")) and runner == str(found["engine"]).lower()

@@ -19,6 +19,13 @@ from vllm_compat.version import __version__
 
 _engines: weakref.WeakKeyDictionary[Any, EngineStatus] = weakref.WeakKeyDictionary()
 _made = 0
+# What only the front says about engines with a plan, by its digest. Not in the plan: that is in vLLM's compile cache key.
+_front_notes: dict[str, tuple[str, ...]] = {}
+
+
+def note(plan: Plan, notes: tuple[str, ...]) -> None:
+    """Show ``notes`` with every engine of this process that has this plan."""
+    _front_notes[plan.digest()] = notes
 
 
 class EngineStatus:
@@ -91,7 +98,7 @@ class EngineStatus:
         return {
             "vllm_compat": __version__, "vllm": self.plan.vllm, "model_runner": self.plan.runner,
             "profile": self.plan.profile, "strict": self.plan.strict, "plan": self.plan.digest(), "proven": self.proven,
-            "notes": list(self.plan.notes), "behaviors": behaviors,
+            "notes": [*self.plan.notes, *_front_notes.get(self.plan.digest(), ())], "behaviors": behaviors,
             "processes": [{k: p.get(k) for k in ("role", "rank", "pid", "host", "error")} for p in self.processes],
             "failures": [dict(zip(("behavior", "process", "rank", "reason"), failure)) for failure in self.failures],
         }  # fmt: skip

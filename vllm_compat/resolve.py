@@ -84,7 +84,8 @@ def _decide(
     for native, value in given:
         if not native.accepts(value):
             reason = f"you set {native.option}={value!r}; lost: {behavior.cost}"
-            return decision(State.OVERRIDDEN, reason, by="environment" if native.env else "engine argument")
+            by = "environment" if native.env else "engine argument"
+            return decision(State.OVERRIDDEN, reason, by=by, given=f"{native.option}={value!r}")
     # A variable that already holds V0's value may be ours: processes inherit what their parent set for them.
     given = [(native, value) for native, value in given if not native.env]
     for route in found:

@@ -31,6 +31,10 @@ class Settings(BaseSettings):
         default=None,
         description="folder for the reports of running engines, which doctor reads (default: below the temporary folder)",
     )
+    lock: str | None = Field(
+        default=None,
+        description="the lock that every engine must meet (default: vllm-compat.lock in the working directory, if there is one)",
+    )
     model_runner_v1: bool | None = Field(default=None, description="pin Model Runner V1")
     processed_logprobs: bool | None = Field(
         default=None, description="logprobs of the distribution sampled from, prompt rows included, in V0's order of filters"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support import PARITY, clean_environment
+from support import PARITY, ROOT, Ran, clean_environment, run_script
 
 from vllm_compat import recording
 
@@ -38,14 +37,57 @@ def reference() -> recording.Recording:
     return recording.load(PARITY / "v0_float32.safetensors")
 
 
+@dataclass(frozen=True)
+class Engine:
+    """The Python whose vLLM is tested, and the dtype that its release can run."""
+
+    python: str
+    dtype: str
+    environment: dict[str, str]
+
+    def rounding(self, setting: str) -> float:
+        """How far the mean of a bfloat16 V0 lay from the float32 V0 in this setting, with room for another sample."""
+        exact, rounded = (recording.load(PARITY / f"v0_{dtype}.safetensors") for dtype in ("float32", "bfloat16"))
+        return 2 * max(gap.mean for gap in recording.compare(rounded, exact)[setting])
+
+
 @pytest.fixture(scope="session")
-def record(tmp_path_factory: pytest.TempPathFactory, reference: recording.Recording) -> Callable[..., Recorded]:
+def engine(pytestconfig: pytest.Config) -> Engine:
+    """What ``--engine-python``, ``--engine-dtype`` and ``--engine-env`` say."""
+    given = dict(pair.split("=", 1) for pair in pytestconfig.getoption("--engine-env"))
+    return Engine(pytestconfig.getoption("--engine-python"), pytestconfig.getoption("--engine-dtype"), given)
+
+
+@pytest.fixture(scope="session")
+def results(pytestconfig: pytest.Config) -> Iterator[dict]:
+    """What was measured; written to the file of ``--results``."""
+    found: dict = {}
+    yield found
+    file = pytestconfig.getoption("--results")
+    if file:
+        Path(file).write_text(json.dumps(found, indent=1))
+
+
+@pytest.fixture
+def run_engine(tmp_path: Path, engine: Engine) -> Callable[..., Ran]:
+    """`run_python` with the tested release's Python; ``norms`` can be imported there."""
+
+    def run(script: str, *args: str, environment: dict[str, str] | None = None) -> Ran:
+        more = {"PYTHONPATH": str(HERE), **engine.environment, **(environment or {})}
+        return run_script(engine.python, tmp_path, script, *args, environment=more)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def record(tmp_path_factory: pytest.TempPathFactory, reference: recording.Recording, engine: Engine) -> Callable[..., Recorded]:
     """Run `vllm-compat record` on the shipped model and compare with V0."""
 
     def run(profile: str, *flags: str, environment: dict[str, str] | None = None, **engine_args: object) -> Recorded:
         folder = tmp_path_factory.mktemp("recording")
         out, status = folder / "out.safetensors", folder / "status.json"
-        command = [sys.executable, "-m", "vllm_compat", "record", str(PARITY / "model"), "--out", str(out)]
+        command = [engine.python, "-m", "vllm_compat", "record", str(PARITY / "model"), "--out", str(out)]
+        command += ["--dtype", engine.dtype]
         command += [
             "--profile",
             profile,
@@ -57,7 +99,8 @@ def record(tmp_path_factory: pytest.TempPathFactory, reference: recording.Record
         ]
         done = subprocess.run(
             command,
-            env=clean_environment(**(environment or {})),
+            env=clean_environment(**engine.environment, **(environment or {})),
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

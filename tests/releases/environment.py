@@ -63,6 +63,9 @@ def build(row: Row, folder: Path) -> Path:
     python = env / "bin" / "vpython"
     if python.is_file():
         return python
+    tcmalloc = _first("/usr/lib", "*/libtcmalloc_minimal.so.4")
+    if Version("0.17.0") <= row.release < Version("0.20.0") and tcmalloc is None:
+        raise SystemExit(f"vLLM {row.version} refuses to start without tcmalloc: install it (Debian: libtcmalloc-minimal4)")
     if not row.torch:
         raise SystemExit(f"vLLM {row.version} has no wheel for the CPU: only its sources can be checked")
     shutil.rmtree(env, ignore_errors=True)
@@ -80,9 +83,7 @@ def build(row: Row, folder: Path) -> Path:
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {row.version}+cpu\n")
     preload = _mend(site / "vllm", env)
-    preload += [
-        str(lib) for lib in (_first("/usr/lib", "*/libtcmalloc_minimal.so.4"), _first(str(env), "lib/libiomp5.so")) if lib
-    ]
+    preload += [str(lib) for lib in (tcmalloc, _first(str(env), "lib/libiomp5.so")) if lib]
     python.write_text(
         "#!/bin/sh\n"
         'export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"\n'

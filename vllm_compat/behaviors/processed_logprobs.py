@@ -26,10 +26,22 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_compat.behaviors._common import LAST, V0_RELEASES, V1_RELEASES, V2_RELEASES, engine_arg
-from vllm_compat.patching.model import Behavior, Check, CheckFailed, NotNeeded, Patch, Role, Target, Unsupported
+from vllm_compat.patching.model import (
+    UNSET,
+    Behavior,
+    Check,
+    CheckFailed,
+    Native,
+    NotNeeded,
+    Patch,
+    Role,
+    Target,
+    Unsupported,
+)
 
 # Releases whose option is missing, or means rows before temperature and filters.
 _NO_OPTION = ">=0.8.5,<0.10.2"
+_FLASHINFER = "VLLM_USE_FLASHINFER_SAMPLER"
 # Rows filtered at a time: sorting a whole prompt's [rows, vocab] would need several times its memory.
 _BLOCK_ROWS = 256
 
@@ -318,6 +330,17 @@ BEHAVIOR = Behavior(
     cost="importance ratios and KL are computed from another distribution than the tokens were drawn from",
     routes=(
         NotNeeded(versions=V0_RELEASES, runners=("v0",), reason="this is V0"),
+        # Only watches: V0's FlashInfer sampler, off by default, returns logprobs before top-k and top-p.
+        Native(
+            versions=V0_RELEASES,
+            runners=("v0",),
+            option=_FLASHINFER,
+            value=f"{_FLASHINFER}=0",
+            read=lambda environ: environ.get(_FLASHINFER, UNSET),
+            write=lambda environ: None,
+            accepts=lambda given: given.strip() in ("", "0"),
+            env=True,
+        ),
         Patch(
             name="v0_sample",
             versions=_NO_OPTION,

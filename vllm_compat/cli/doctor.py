@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_compat import profiles, releases, report, settings, vllm_info
+from vllm_compat import lockfile, profiles, releases, report, settings, vllm_info
+from vllm_compat.cli.lock import planned
 from vllm_compat.engine_hooks import FRAME
-from vllm_compat.errors import TargetError
+from vllm_compat.errors import LockError, ProfileError, TargetError
 from vllm_compat.front import asked_runner, given_by_user, probe_all, resolved
 from vllm_compat.patching.model import State
 from vllm_compat.patching.probe import probe
@@ -70,7 +71,7 @@ def diagnose(model: str | None) -> dict[str, Any]:
     profile, notes = profiles.choose(current.profile, _config(model))
     user = given_by_user(None, installed.release)
     plan = resolved(current, installed.release, profile, user, runner=asked_runner())
-    wrong = probe_all(plan)
+    wrong, seen = probe_all(plan)
     for patch in FRAME:
         try:
             # what @dataclass made is not in the source
@@ -88,10 +89,27 @@ def diagnose(model: str | None) -> dict[str, Any]:
             "state": state.value, "decided_by": decision.origin, "route": decision.route, "reason": reason,
             "sets": list(decision.sets), "patches": list(decision.patches),
         }  # fmt: skip
-    data.update(profile=profile.name, notes=list(notes) if model else ["no model given: `doctor MODEL` matches a profile"])
+    data.update(profile=profile.name, notes=[*seen, *(notes if model else ["no model given: `doctor MODEL` matches a profile"])])
+    data["lock"] = _lock(current, model, findings)
     for engine in engines:
         findings += [f"engine: {f['behavior']} in {f['process']}: {f['reason']}" for f in engine["failures"]]
     return data
+
+
+def _lock(current: settings.Settings, model: str | None, findings: list[str]) -> dict[str, Any] | None:
+    """The lock that engines would be held to here. The self-test's digest needs torch: `vllm-compat lock --check` compares it."""
+    try:
+        file = lockfile.find(current.lock)
+        if file is None:
+            return None
+        locked = lockfile.read(file)
+        plan, user = planned(current, _config(model), locked)
+        found = lockfile.compare(locked, lockfile.build(plan, None, user))
+    except (LockError, ProfileError) as error:
+        findings.append(str(error))
+        return None
+    findings += [f"lock {file}: {sentence}" for sentence in found.differences]
+    return {"file": str(file), "differences": list(found.differences), "notes": list(found.notes)}
 
 
 def _config(model: str | None) -> dict[str, Any] | None:
@@ -106,6 +124,10 @@ def _text(data: dict[str, Any]) -> str:
     if "note" in data:
         lines.append(data["note"])
     lines += [f"note: {note}" for note in data.get("notes", ())]
+    lock = data.get("lock")
+    if lock:
+        met = "an engine would differ" if lock["differences"] else "met; its self-test is compared by `vllm-compat lock --check`"
+        lines += [f"lock {lock['file']}: {met}", *(f"note: lock: {note}" for note in lock["notes"])]
     rows = [("behavior", "would be", "route", "decided by", "why")] if data["behaviors"] else []
     for name, row in data["behaviors"].items():
         does = [*row["sets"], *(f"patch {patch}" for patch in row["patches"])]
