@@ -135,8 +135,7 @@ def _logits_processors(model: Any) -> list[Any]:
 def _generates(worker: Any) -> bool:
     from vllm.distributed import get_pp_group
 
-    # V0 knew "draft" besides; a release that has no kind of runner only generates here
-    return bool(get_pp_group().is_last_rank and getattr(worker.model_config, "runner_type", "generate") == "generate")
+    return bool(get_pp_group().is_last_rank and worker.model_config.runner_type == "generate")
 
 
 def _build_load(original: Any, module: Any) -> Any:

@@ -278,7 +278,7 @@ def _worker(worker: Any) -> str:
 
     if worker.vllm_config.speculative_config is not None:
         raise CheckFailed("speculative decoding samples elsewhere and was not proven: turn it off")
-    if getattr(worker.model_config, "runner_type", "generate") != "generate" or not get_pp_group().is_last_rank:
+    if worker.model_config.runner_type != "generate" or not get_pp_group().is_last_rank:
         return "this process does not sample"
     runner, count = worker.model_runner, len(_SETTINGS)
     device = runner.device  # a CPU worker's own is not always set
