@@ -42,7 +42,7 @@ def test_vllm_plugins_that_excludes_us(run_python, model) -> None:
 
 
 def test_an_unsupported_vllm(run_python, model) -> None:
-    """A release without routes: refused by name and with the supported ones, or run as it is with profile off."""
+    """A release nobody read: refused by name, with the range that was; the way out is profile off."""
     script = (
         PRELUDE
         + """
@@ -51,15 +51,15 @@ from packaging.version import Version
 from vllm_compat import vllm_info
 import dataclasses
 real = vllm_info.installed()
-vllm_info.installed = lambda: dataclasses.replace(real, version="0.31.0", release=Version("0.31.0"))
+vllm_info.installed = lambda: dataclasses.replace(real, version="0.34.0", release=Version("0.34.0"))
 if __name__ == "__main__":
     say(caught(make))
 """
     )
     name, text, _ = run_python(script, str(model)).ok().result
     assert name == "UnsupportedVLLMError"
-    assert "0.31.0" in text
-    assert "0.32.0" in text
+    assert "0.34.0" in text
+    assert "from 0.8.5 to 0.33.0" in text
     assert "VLLM_COMPAT_PROFILE=off" in text
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from vllm_compat.behaviors._common import LAST, V0_RELEASES
 from vllm_compat.patching.model import UNSET, Behavior, Check, CheckFailed, Native, Patch, Role, Target
 
 _PLAIN = ("UnquantizedEmbeddingMethod", "UnquantizedLinearMethod")
@@ -217,18 +216,8 @@ BEHAVIOR = Behavior(
     routes=(
         Patch(
             name="float32_product",
-            versions=V0_RELEASES,
-            runners=("v0",),
-            role=Role.WORKER,
-            target=_APPLY,
-            build=_build_apply,
-            upstream="https://github.com/vllm-project/vllm/pull/48390 is in 0.26.0",
-            remove_when="the floor is vLLM 0.26.0",
-        ),
-        Patch(
-            name="float32_product",
             versions=">=0.8.5,<0.26.0",
-            runners=("v1", "v2"),
+            runners=("v0", "v1", "v2"),
             role=Role.WORKER,
             target=_APPLY,
             build=_build_apply,
@@ -246,7 +235,7 @@ BEHAVIOR = Behavior(
             remove_when="the floor is vLLM 0.22.0",
         ),
         Native(
-            versions=f">=0.26.0,{LAST}",
+            versions=">=0.26.0",
             runners=("v1", "v2"),
             option="hf_overrides.head_dtype",
             value="hf_overrides={'head_dtype': 'float32'}",
@@ -257,7 +246,7 @@ BEHAVIOR = Behavior(
         ),
         Patch(
             name="quantized_head",
-            versions=f">=0.26.0,{LAST}",
+            versions=">=0.26.0",
             runners=("v1", "v2"),
             role=Role.WORKER,
             target=Target(path="vllm.v1.worker.gpu_worker:Worker.load_model"),
@@ -271,7 +260,7 @@ BEHAVIOR = Behavior(
         Target(
             path="vllm.model_executor.layers.logits_processor:LogitsProcessor._apply_head",
             params=("lm_head", "hidden_states", "embedding_bias"),
-            versions=f">=0.26.0,{LAST}",
+            versions=">=0.26.0",
         ),
     ),
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_compat.behaviors._common import LAST, V0_RELEASES, V2_RELEASES
+from vllm_compat.behaviors._common import V0_RELEASES, V2_RELEASES
 from vllm_compat.patching.model import UNSET, Behavior, Check, CheckFailed, Native, NotNeeded, Role, Unsupported
 
 _VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
@@ -44,7 +44,7 @@ BEHAVIOR = Behavior(
         NotNeeded(versions=V0_RELEASES, runners=("v0",), reason="this is V0"),
         NotNeeded(versions=">=0.8.5,<0.12.0", reason="this release has one model runner"),
         Native(
-            versions=f">=0.12.0,{LAST}",
+            versions=">=0.12.0",
             option=_VARIABLE,
             value=f"{_VARIABLE}=0",
             read=_read,

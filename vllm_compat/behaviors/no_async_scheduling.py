@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_compat.behaviors._common import LAST, V0_RELEASES, engine_arg
+from vllm_compat.behaviors._common import V0_RELEASES, engine_arg
 from vllm_compat.patching.model import Behavior, Check, CheckFailed, NotNeeded, Role
 
 
@@ -33,7 +33,7 @@ BEHAVIOR = Behavior(
     routes=(
         NotNeeded(versions=V0_RELEASES, runners=("v0",), reason="this is V0: its steps are not asynchronous"),
         NotNeeded(versions=">=0.8.5,<0.10.0", reason="this release has no asynchronous scheduling"),
-        engine_arg("async_scheduling", False, runners=("v1", "v2"), versions=f">=0.10.0,{LAST}"),
+        engine_arg("async_scheduling", False, runners=("v1", "v2"), versions=">=0.10.0"),
     ),
     checks=(Check(name="batch_queue", role=Role.ENGINE_CORE, run=_core),),
 )

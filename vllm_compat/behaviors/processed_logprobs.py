@@ -25,7 +25,7 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_compat.behaviors._common import LAST, V0_RELEASES, V1_RELEASES, V2_RELEASES, engine_arg
+from vllm_compat.behaviors._common import V0_RELEASES, V1_RELEASES, V2_RELEASES, engine_arg
 from vllm_compat.patching.model import (
     UNSET,
     Behavior,
@@ -361,7 +361,7 @@ BEHAVIOR = Behavior(
             upstream="https://github.com/vllm-project/vllm/pull/21398 and its successors, complete in 0.11.0",
             remove_when="the floor is vLLM 0.10.2",
         ),
-        engine_arg("logprobs_mode", "processed_logprobs", versions=f">=0.10.0,{LAST}"),
+        engine_arg("logprobs_mode", "processed_logprobs", versions=">=0.10.0"),
         Patch(
             name="greedy_temperature",
             versions=">=0.10.2,<0.11.0",
@@ -373,7 +373,7 @@ BEHAVIOR = Behavior(
         ),
         Patch(
             name="min_p_last",
-            versions=f">=0.10.2,{LAST}",
+            versions=">=0.10.2",
             role=Role.WORKER,
             target=Target(path="vllm.v1.sample.sampler:Sampler.sample", params=("logits", "sampling_metadata")),
             build=_build_sample,

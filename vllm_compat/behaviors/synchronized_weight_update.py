@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_compat.behaviors._common import LAST, V0_RELEASES
+from vllm_compat.behaviors._common import V0_RELEASES
 from vllm_compat.patching.model import UNSET, Behavior, Check, CheckFailed, Native, NotNeeded, Patch, Role, Target
 
 _HELD = "_vllm_compat_held"
@@ -110,7 +110,7 @@ BEHAVIOR = Behavior(
             remove_when="the floor is vLLM 0.17.0",
         ),
         Native(
-            versions=f">=0.17.0,{LAST}",
+            versions=">=0.17.0",
             runners=("v1", "v2"),
             option="weight_update",
             value="pause_scheduler(mode='keep', clear_cache=False)",

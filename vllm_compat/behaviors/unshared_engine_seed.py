@@ -17,7 +17,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from vllm_compat.behaviors._common import LAST, V0_RELEASES
+from vllm_compat.behaviors._common import V0_RELEASES
 from vllm_compat.patching.model import Behavior, Check, CheckFailed, Native, NotNeeded, Patch, Role, Target
 
 # Far more than any number of engines a run starts after one another: replica seeds do not meet.
@@ -72,7 +72,7 @@ BEHAVIOR = Behavior(
         NotNeeded(versions=V0_RELEASES, runners=("v0",), reason="this is V0: without a seed it seeds nothing"),
         NotNeeded(versions=">=0.8.5,<0.9.0", reason="without a seed this release seeds nothing"),
         Native(
-            versions=f">=0.9.0,{LAST}",
+            versions=">=0.9.0",
             runners=("v1", "v2"),
             option="seed",
             value="seed=<fresh>",
@@ -82,7 +82,7 @@ BEHAVIOR = Behavior(
         ),
         Patch(
             name="replica_seed",
-            versions=f">=0.9.0,{LAST}",
+            versions=">=0.9.0",
             runners=("v1", "v2"),
             role=Role.WORKER,
             target=Target(path="vllm.v1.worker.worker_base:WorkerBase.__init__", params=("vllm_config",)),
