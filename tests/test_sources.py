@@ -47,8 +47,8 @@ def test_every_target_is_there(known, release):
         assert "overridden_by" not in found, where
 
 
-def test_every_range_ends_where_the_release_does(known):
-    """A route with an inner edge has a reason in the sources: the function is gone, new, or another one there."""
+def test_every_patch_is_for_releases_in_a_row(known):
+    """No patch's range misses every release, or leaves one out in the middle."""
     order = list(known)
     for behavior in ALL:
         for patch in behavior.patches():
