@@ -497,10 +497,10 @@ def every_token(rows: torch.Tensor, params: dict, **more: object) -> torch.Tenso
 @pytest.mark.parametrize("index", range(len(REFERENCE.settings)), ids=REFERENCE.settings)
 def test_against_the_recorded_v0_engine(index, shipped):
     """The shipped model, teacher-forced in transformers: the recorded V0 logprobs of every sampled and every prompt token."""
-    params = REFERENCE.header["settings"][index][1]
+    params = REFERENCE.experiment["settings"][index][1]
     # Measured: at most 9.5e-6, and 9.9e-5 at a tenth of the temperature, which has ten times the rounding.
     tolerance = 2e-4 if params.get("temperature") == 0.1 else 2e-5
-    for prompt, ids in enumerate(REFERENCE.header["prompts"]):
+    for prompt, ids in enumerate(REFERENCE.prompts):
         tokens = torch.from_numpy(REFERENCE.get(index, prompt, "tokens")).long()
         recorded = REFERENCE.get(index, prompt, "logprobs")
         with torch.no_grad(), fp32_lm_head(shipped):

@@ -15,7 +15,7 @@ EOS = 298
 REFERENCE = recording.load(PARITY / "v0_float32.safetensors")
 BASE = REFERENCE.settings.index("T=1")
 # The recorded T=1 rows are the logits up to a constant. Only the repetition penalty sees that constant.
-CASES = [(i, name, given) for i, (name, given) in enumerate(REFERENCE.header["settings"]) if "repetition_penalty" not in given]
+CASES = [(i, name, given) for i, (name, given) in enumerate(REFERENCE.experiment["settings"]) if "repetition_penalty" not in given]
 
 
 def setting_of(given: dict) -> Setting:
@@ -23,7 +23,7 @@ def setting_of(given: dict) -> Setting:
     named["logit_bias"] = {int(token): bias for token, bias in given.get("logit_bias", {}).items()}
     forbidden = [EOS] if given.get("min_tokens") else []
     if "allowed_token_ids" in given:
-        forbidden = [token for token in range(REFERENCE.header["vocab"]) if token not in given["allowed_token_ids"]]
+        forbidden = [token for token in range(REFERENCE.experiment["vocab"]) if token not in given["allowed_token_ids"]]
     return Setting(**named, forbidden=forbidden)
 
 
@@ -38,7 +38,7 @@ def agree(found: torch.Tensor, recorded: np.ndarray) -> None:
 @pytest.mark.parametrize(("index", "name", "given"), CASES, ids=[case[1] for case in CASES])
 def test_first_sampled_row_and_prompt_rows(index, name, given):
     """Every setting's first step and all its prompt rows follow from the same row at temperature 1."""
-    for prompt in range(len(REFERENCE.header["prompts"])):
+    for prompt in range(len(REFERENCE.prompts)):
         logits = torch.from_numpy(REFERENCE.get(BASE, prompt, "logprobs")[0])
         agree(processed_logprobs(logits, setting_of(given)), REFERENCE.get(index, prompt, "logprobs")[0])
         recorded = REFERENCE.get(index, prompt, "prompt_logprobs")
@@ -51,13 +51,13 @@ def test_output_penalties_on_later_steps():
     """Presence and frequency penalties count the output: the recorded greedy run's own tokens follow."""
     plain, index = REFERENCE.settings.index("greedy"), REFERENCE.settings.index("greedy presence 0.8 frequency 0.4")
     compared = 0
-    for prompt in range(len(REFERENCE.header["prompts"])):
+    for prompt in range(len(REFERENCE.prompts)):
         free, tokens = REFERENCE.get(plain, prompt, "tokens"), REFERENCE.get(index, prompt, "tokens")
         for step in range(1, len(tokens)):
             if (free[:step] != tokens[:step]).any():
                 break
             logits = torch.from_numpy(REFERENCE.get(plain, prompt, "logprobs")[step])
-            setting = setting_of(REFERENCE.header["settings"][index][1])
+            setting = setting_of(REFERENCE.experiment["settings"][index][1])
             agree(
                 processed_logprobs(logits, setting, output=tokens[:step].tolist()), REFERENCE.get(index, prompt, "logprobs")[step]
             )
@@ -72,7 +72,7 @@ def test_the_recording_can_tell_the_two_orders_apart():
         if {"min_p", "top_p"} <= set(given):
             setting = setting_of(given)
             differs = False
-            for prompt in range(len(REFERENCE.header["prompts"])):
+            for prompt in range(len(REFERENCE.prompts)):
                 logits = torch.from_numpy(REFERENCE.get(BASE, prompt, "logprobs")[0])
                 first = processed_logprobs(logits, Setting(temperature=setting.temperature, min_p=setting.min_p))
                 swapped = processed_logprobs(first, Setting(top_k=setting.top_k, top_p=setting.top_p))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_compat.behaviors import BY_NAME
 from vllm_compat.errors import ProfileError
+from vllm_compat.validation import RESOLUTION
 
 
 class Match(BaseModel):
@@ -27,8 +30,41 @@ class Match(BaseModel):
         return bool(set(names) & set(self.architectures)) if names else config.get("model_type") in self.model_types
 
 
+class Band(BaseModel):
+    """How many times the reference's own noise floor a metric may be: see `vllm_compat.validation`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    batch: float = Field(gt=0)
+    rounding: float = Field(gt=0)
+
+
+class Evidence(BaseModel):
+    """One validation that was run. ``kind`` says what it is evidence for; ``held`` whether every band was; ``metrics`` are
+    what was measured, by name; ``reference`` is the checksum of the recording it was measured against."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["architecture", "checkpoint"]  # seeded weights of its shape, or a real model
+    model: str
+    weights: str
+    reference: str
+    reference_by: str
+    engine: str
+    vllm: str
+    dtype: str
+    lm_head: str
+    device: str
+    date: date
+    vllm_compat: str
+    command: str
+    held: bool
+    failed: tuple[str, ...] = ()
+    note: str = ""
+    metrics: dict[str, float]
+
+
 class Profile(BaseModel):
-    """One file. ``behaviors`` holds only what differs from, or insists on, the behavior's default."""
+    """One file. ``behaviors`` holds only what differs from, or insists on, the behavior's default; ``bands`` what differs
+    from those of the profile ``default``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal[1]
@@ -36,6 +72,12 @@ class Profile(BaseModel):
     description: str = ""
     match: Match = Match()
     behaviors: dict[str, bool] = {}
+    bands: dict[str, Band] = {}
+    evidence: tuple[Evidence, ...] = ()
+
+    def all_bands(self) -> dict[str, Band]:
+        """Every band: the default profile's, and this one's own in their place."""
+        return {**shipped()["default"].bands, **self.bands}
 
 
 def folder() -> Path:
@@ -69,7 +111,36 @@ def read(file: Path) -> Profile:
     unknown = sorted(set(profile.behaviors) - set(BY_NAME))
     if unknown:
         raise ProfileError(f"{file}: behaviors.{unknown[0]}: no such behavior; known: {', '.join(BY_NAME)}")
+    unknown = sorted(set(profile.bands) - set(RESOLUTION))
+    if unknown:
+        raise ProfileError(f"{file}: bands.{unknown[0]}: no such metric has a band; known: {', '.join(RESOLUTION)}")
     return profile
+
+
+def add_evidence(file: Path, entry: Evidence) -> None:
+    """Write an entry into a profile's file, in the place of an older one of the same model, release, dtype and device.
+
+    Everything above the first entry stays as it is; a comment between entries goes. Raises ProfileError for a bad file.
+    """
+
+    def subject(one: Evidence) -> tuple[str, ...]:
+        return (one.model, one.engine, one.vllm, one.dtype, one.lm_head, one.device)
+
+    kept = [one for one in read(file).evidence if subject(one) != subject(entry)]
+    text = file.read_text(encoding="utf-8").partition("[[evidence]]")[0].rstrip() + "\n"
+    for one in sorted([*kept, entry], key=subject):
+        text += "\n[[evidence]]\n"
+        for key, value in one.model_dump(mode="json", exclude_defaults=True).items():
+            if key == "date":
+                text += f"date = {value}\n"
+            elif key == "metrics":
+                text += "metrics = { " + ", ".join(f"{json.dumps(name)} = {number!r}" for name, number in value.items()) + " }\n"
+            else:
+                text += f"{key} = {json.dumps(value)}\n"  # JSON's texts, lists and truth values are TOML's
+    draft = file.with_name(file.name + ".partial")
+    draft.write_text(text, encoding="utf-8")
+    read(draft)  # what cannot be read back is not put in the place of what could
+    draft.replace(file)
 
 
 def choose(wanted: str, config: Mapping[str, Any] | None) -> tuple[Profile, tuple[str, ...]]:

@@ -29,7 +29,8 @@ def record(folder: Path, dtype: str, profile: str, label: str) -> tuple[recordin
     log = folder / f"{dtype}-{profile}.log"
     command = [sys.executable, "-m", "vllm_compat", "record", str(MODEL), "--out", str(out), "--dtype", dtype]
     # on the CPU this "GPU" memory is a share of the machine's: a tiny model needs little
-    command += ["--profile", profile, "--status", str(status), "--engine-args", '{"gpu_memory_utilization": 0.3}']
+    command += ["--like", str(HERE / "v0_float32.safetensors"), "--no-floor", "--profile", profile]
+    command += ["--status", str(status), "--engine-args", '{"gpu_memory_utilization": 0.3}']
     print(f"{label}: starting a real vLLM engine ", end="", flush=True)
     began = time.monotonic()
     with log.open("w") as sink:
@@ -50,18 +51,18 @@ def cell(found: recording.Difference) -> str:
     return f"{found.max:8.1e} {found.mean:8.1e}{mark:7}"
 
 
-def table(columns: dict[str, recording.Recording], reference: recording.Recording, rows: int) -> None:
-    """rows: 0 sampled rows, 1 prompt rows."""
+def table(columns: dict[str, recording.Recording], reference: recording.Recording, rows: str) -> None:
+    """rows: which kind, of `recording.KINDS`."""
     compared = {name: recording.compare(found, reference) for name, found in columns.items()}
     print(f"  {'':38}" + "".join(f"{name:28}" for name in columns))
     print(f"  {'setting':38}" + f"{'     max     mean':28}" * len(columns))
-    for setting in reference.settings:
+    for setting in (name for name in reference.settings if next(iter(compared.values()))[name][rows].rows):
         print(f"  {setting:38}" + "".join(f"{cell(found[setting][rows]):28}" for found in compared.values()))
 
 
 def greedy_equal(found: recording.Recording, reference: recording.Recording) -> str:
     """How many prompts' greedy tokens are V0's."""
-    s, prompts = reference.settings.index("greedy"), range(len(reference.header["prompts"]))
+    s, prompts = reference.settings.index("greedy"), range(len(reference.prompts))
     equal = sum(list(found.get(s, p, "tokens")) == list(reference.get(s, p, "tokens")) for p in prompts)
     return f"{equal} of {len(prompts)}"
 
@@ -72,7 +73,7 @@ def main() -> int:
     print(
         f"reference: the {made['engine']} engine of vLLM {made['vllm']} (torch {made['torch']}, {made['device']}, "
         f"commit {made['commit'][:12]}): {len(references['float32'].settings)} sampling settings, "
-        f"{len(references['float32'].header['prompts'])} prompts"
+        f"{len(references['float32'].prompts)} prompts"
     )
     runs: dict[str, dict[str, recording.Recording]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -84,20 +85,22 @@ def main() -> int:
     print("\n|Δlogprob| against V0, in nats, over every token of every distribution.")
     print("+N: N tokens are kept by one side only (-inf on the other).")
     print("\nfloat32 (what a logprob means), sampled rows")
-    table(runs["float32"], exact, 0)
+    table(runs["float32"], exact, "sampled")
     print("\nfloat32, prompt rows")
-    table(runs["float32"], exact, 1)
+    table(runs["float32"], exact, "prompt")
+    print("\nfloat32, sampled rows at fixed positions of a continuation")
+    table(runs["float32"], exact, "prefix")
     for name, found in runs["float32"].items():
         print(f"  greedy tokens equal to V0's, {name}: {greedy_equal(found, exact)} prompts")
     print("\nbfloat16 (what rounding adds), against V0's float32 values; first V0's own bfloat16 rounding, sampled rows")
     rounded = {"V0 itself in bfloat16": references["bfloat16"], **runs["bfloat16"]}
-    table(rounded, exact, 0)
+    table(rounded, exact, "sampled")
     print("\nbfloat16, prompt rows")
-    table(rounded, exact, 1)
+    table(rounded, exact, "prompt")
     print("\nwhat the processes of the last engine reported:")
     print(report.table(status[0]))
     shimmed = recording.compare(runs["float32"]["with vllm_compat"], exact).values()
-    cells = [found for pair in shimmed for found in pair]
+    cells = [found for kinds in shimmed for found in kinds.values()]
     worst, lost = max(found.max for found in cells), sum(found.support for found in cells)
     held = worst < LIMIT and not lost
     print(

@@ -10,7 +10,8 @@ ORDER = ("top-p 0.8 min-p 0.05", "T=1.5 top-k 40 top-p 0.85 min-p 0.03", "everyt
 def test_the_hand_made_recipe_is_not_enough(record) -> None:
     """``logprobs_mode`` by hand: prompt rows stay raw, and min-p in front of top-p keeps other tokens than V0."""
     recorded = record("off", logprobs_mode="processed_logprobs", enable_prefix_caching=False, async_scheduling=False)
-    for name, (sampled, prompt) in recorded.gaps.items():
+    for name, kinds in recorded.gaps.items():
+        sampled, prompt = kinds["sampled"], kinds["prompt"]
         if name in ORDER[:2]:
             assert sampled.support > 0, name
         elif name not in ORDER:

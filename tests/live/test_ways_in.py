@@ -114,7 +114,7 @@ def test_vllm_serve_with_the_environment_alone(run_python, model, reference, tmp
     server = _serve(model, log, port, **variables)
     try:
         _wait_up(server, log, port)
-        prompt = reference.header["prompts"][0]
+        prompt = reference.prompts[0]
         found = run_python(SERVE_CLIENT, f"http://127.0.0.1:{port}/v1", json.dumps(prompt)).ok().result
         expected = reference.get(reference.settings.index("T=0.7 top-p 0.9"), 0, "logprobs")[0]
         ours = {int(token.removeprefix("token_id:")): logprob for token, logprob in found["top"].items()}
