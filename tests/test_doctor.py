@@ -73,14 +73,16 @@ def test_model_runner_v2_says_what_holds_there(model, reports):
     assert {name: row["state"] for name, row in data["behaviors"].items()} == {
         "model_runner_v1": "overridden",
         "processed_logprobs": "unsupported",
+        "seeded_sampling": "unsupported",
         "no_prefix_caching": "native",
         "no_async_scheduling": "native",
         "fp32_lm_head": "pending",
         "synchronized_weight_update": "native",
         "unshared_engine_seed": "pending",
     }
-    (finding,) = data["findings"]
-    assert finding.startswith("processed_logprobs: Model Runner V2 scores prompts raw")
+    prompts, noise = data["findings"]
+    assert prompts.startswith("processed_logprobs: Model Runner V2 scores prompts raw")
+    assert noise.startswith("seeded_sampling: Model Runner V2 makes its own counter-based noise")
 
 
 def test_switches_show(model, reports):

@@ -38,9 +38,9 @@ def test_layers():
         if name.startswith("patching/"):
             assert all(i.startswith(("vllm_compat.errors", "vllm_compat.patching")) for i in ours), name
         if name.startswith("behaviors/"):
-            assert all(i.startswith(("vllm_compat.patching", "vllm_compat.behaviors", "vllm_compat.v0_formula")) for i in ours), (
-                name
-            )
+            # what a behavior computes is shared with the trainer's side: its two formulas, and nothing else of ours
+            shared = ("vllm_compat.v0_formula", "vllm_compat.head")
+            assert all(i.startswith(("vllm_compat.patching", "vllm_compat.behaviors", *shared)) for i in ours), name
         if name == "resolve.py":
             assert all(i.startswith(("vllm_compat.patching.model", "vllm_compat.plan")) for i in ours)
         if not name.startswith(("cli/", "__main__", "_entry/")):

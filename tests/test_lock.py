@@ -191,7 +191,7 @@ def test_a_route_that_changed():
     old, new = (lockfile.build(plan(version), "0") for version in ("0.25.0", "0.32.0"))
     (sentence,) = [found for found in differences(old, new) if found.startswith("fp32_lm_head")]
     assert sentence == (
-        "fp32_lm_head (logits in float32): patch -> native + patch; patches: float32_product -> quantized_head; "
+        "fp32_lm_head (logits in float32): patch -> native + patch; patches: float32_product -> apply_head, contiguous_logits; "
         "options: none -> hf_overrides={'head_dtype': 'float32'}; "
         "the check of fp32_lm_head must hold in every worker before the first token"
     )
@@ -280,7 +280,8 @@ def test_the_measurements_that_ship_can_be_read(lock):
 def test_the_readme_shows_real_sentences():
     """The two lines about 0.16.0 and 0.18.1 are what the comparison says with the measurements that ship."""
     found = differences(*(lockfile.build(plan(version), "0") for version in ("0.16.0", "0.18.1")))
-    shown = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(("vLLM: 0.", "fp32_lm_head ("))]
+    starts = ("vLLM: 0.", "synchronized_weight_update (")
+    shown = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(starts)]
     assert len(shown) == 2
     assert all(sentence.startswith(line) for sentence, line in zip(found, shown))
 

@@ -52,6 +52,7 @@ def test_environment_beats_profile_beats_default(name, environment, profile):
     ("option", "value", "behavior"),
     [
         ("logprobs_mode", "raw_logprobs", "processed_logprobs"),
+        ("use_fp64_gumbel", True, "seeded_sampling"),
         ("enable_prefix_caching", True, "no_prefix_caching"),
         ("async_scheduling", True, "no_async_scheduling"),
         ("hf_overrides.head_dtype", "bfloat16", "fp32_lm_head"),
@@ -129,12 +130,19 @@ EPOCHS = [
     ("0.10.2", "processed_logprobs", ["logprobs_mode"], ["greedy_temperature", "min_p_last", "prompt_rows"]),
     ("0.11.0", "processed_logprobs", ["logprobs_mode"], ["min_p_last", "prompt_rows"]),
     ("0.33.0", "processed_logprobs", ["logprobs_mode"], ["min_p_last", "prompt_rows"]),
-    ("0.16.0", "fp32_lm_head", [], ["float32_product"]),
-    ("0.17.0", "fp32_lm_head", [], ["float32_product", "contiguous_logits"]),
-    ("0.21.0", "fp32_lm_head", [], ["float32_product", "contiguous_logits"]),
-    ("0.22.0", "fp32_lm_head", [], ["float32_product"]),
+    ("0.8.5", "seeded_sampling", [], ["native_filters"]),
+    ("0.9.0", "seeded_sampling", [], []),
+    ("0.10.2", "seeded_sampling", [], []),
+    ("0.11.0", "seeded_sampling", [], ["native_rows"]),
+    ("0.11.2", "seeded_sampling", [], ["native_rows"]),
+    ("0.12.0", "seeded_sampling", [], ["native_rows", "undrawn_prefill", "unrewound_prefill"]),
+    ("0.22.1", "seeded_sampling", [], ["native_rows", "undrawn_prefill", "unrewound_prefill"]),
+    ("0.23.0", "seeded_sampling", ["use_fp64_gumbel"], ["native_rows", "undrawn_prefill", "unrewound_prefill"]),
+    ("0.33.0", "seeded_sampling", ["use_fp64_gumbel"], ["native_rows", "undrawn_prefill", "unrewound_prefill"]),
+    ("0.8.5", "fp32_lm_head", [], ["float32_product"]),
     ("0.25.1", "fp32_lm_head", [], ["float32_product"]),
-    ("0.26.0", "fp32_lm_head", ["hf_overrides.head_dtype"], ["quantized_head"]),
+    ("0.26.0", "fp32_lm_head", ["hf_overrides.head_dtype"], ["apply_head", "contiguous_logits"]),
+    ("0.33.0", "fp32_lm_head", ["hf_overrides.head_dtype"], ["apply_head", "contiguous_logits"]),
     ("0.16.0", "synchronized_weight_update", [], ["hold", "held_loop", "held_step"]),
     ("0.17.0", "synchronized_weight_update", ["weight_update"], []),
     ("0.9.2", "no_async_scheduling", [], []),
@@ -149,10 +157,36 @@ EPOCHS = [
 @pytest.mark.parametrize(("release", "behavior", "options", "patches"), EPOCHS)
 def test_the_routes_change_where_vllm_changed(release, behavior, options, patches):
     """The edges of every range, on Model Runner V1."""
-    found = routes(BY_NAME[behavior], Version(release), "v1")
+    found = routes(BY_NAME[behavior], Version(release), "v1", next(iter(BY_NAME[behavior].modes), ""))
     assert [route.option for route in found if isinstance(route, Native)] == options
     assert [route.name for route in found if isinstance(route, Patch)] == patches
     assert options or patches or all(isinstance(route, NotNeeded) for route in found)
+
+
+HEAD = ["apply_head", "contiguous_logits"]
+MODES = [
+    (True, "accumulate", HEAD),
+    ("accumulate", "accumulate", HEAD),
+    ("weights", "weights", [*HEAD, "float32_weight", "tied_embedding"]),
+    ("model", "", []),
+    (False, "", []),
+]
+
+
+@pytest.mark.parametrize(("choice", "mode", "patches"), MODES)
+def test_modes(choice, mode, patches):
+    """A mode is chosen by its word, 1 is the default one, and the word for off is off; environment before profile."""
+    for found in (
+        plan(environment={"fp32_lm_head": choice}, profile={"fp32_lm_head": "weights"}),
+        plan(profile={"fp32_lm_head": choice}),
+    ):
+        decision = found["fp32_lm_head"]
+        assert (decision.mode, list(decision.patches)) == (mode, patches)
+        assert decision.wanted == bool(mode)
+        assert Plan.parse(found.text()) == found
+    if isinstance(choice, str):
+        assert f"VLLM_COMPAT_FP32_LM_HEAD={choice}" in plan(environment={"fp32_lm_head": choice})["fp32_lm_head"].reason
+    assert plan()["processed_logprobs"].mode == ""
 
 
 def test_flashinfer_on_v0_is_the_users_choice():

@@ -32,9 +32,16 @@ def test_every_release_was_read(known):
     assert list(known) == list(releases.rows())
 
 
+# Subclasses that override a target, and why that is no silent way around it.
+GOES_AROUND = {
+    "InklingLogitsProcessor": "makes a product of its own, scaled by 1/muP: the head's self-test refuses it by name",
+    "SpecializedDecodeLogitsProcessor": "hands a float32 head on to the method it overrides",
+}
+
+
 @pytest.mark.parametrize("release", releases.rows())
 def test_every_target_is_there(known, release):
-    """Present with the parameters relied on; what we add is absent; no subclass goes around a replacement."""
+    """Present with the parameters relied on; what we add is absent; no subclass goes around a replacement unseen."""
     facts, version = known[release], Version(release)
     for target, patch, owner in sources.declared():
         if not within(version, patch.versions if patch else target.versions):
@@ -44,7 +51,8 @@ def test_every_target_is_there(known, release):
         found = facts[target.path]
         assert set(target.params) <= set(found["params"]), where
         assert (found["fingerprint"] == sources.ABSENT) == bool(patch and patch.adds), where
-        assert "overridden_by" not in found, where
+        around = {name.partition(":")[2] for name in found.get("overridden_by", ())}
+        assert around <= set(GOES_AROUND), where
 
 
 def test_every_patch_is_for_releases_in_a_row(known):

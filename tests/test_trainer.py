@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_compat import recording, trainer, v0_formula
 from vllm_compat.errors import InputError
+from vllm_compat.head import full_float32
 from vllm_compat.trainer import fp32_lm_head, processed_logprobs
 from vllm_compat.v0_formula import Setting
 
@@ -202,7 +203,7 @@ def test_faster_matrix_products_are_off_and_come_back(precision):
     try:
         chosen = [switch.fp32_precision for switch in switches]
         with torch.autocast("cpu", torch.bfloat16):
-            with trainer._full_float32("cpu"):
+            with full_float32("cpu"):
                 assert [switch.fp32_precision for switch in switches] == ["ieee", "ieee"]
                 assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

@@ -26,7 +26,7 @@ class Decision:
 
     ``origin``: ``engine argument``, ``environment``, ``profile`` or ``default``. ``state`` is where it starts:
     native, pending (patches to be put in), not_needed, disabled, overridden, unsupported. ``given`` is the option with the
-    user's own value that overrode it.
+    user's own value that overrode it. ``mode`` is the chosen one of a behavior that has modes.
     """
 
     behavior: str
@@ -36,6 +36,7 @@ class Decision:
     sets: tuple[str, ...] = ()
     patches: tuple[str, ...] = ()
     given: str = ""
+    mode: str = ""
 
     @property
     def wanted(self) -> bool:

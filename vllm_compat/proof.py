@@ -186,7 +186,7 @@ def _process_report(role: Role, subject: Any, plan: Plan | None, rank: int | Non
         if decision.wanted:
             used = {key: e.exercised for key, e in bootstrap.process.patches.items() if isinstance(e, Entry)}
             for check in behavior.checks:
-                if check.role is role:
+                if check.role is role and (not check.modes or decision.mode in check.modes):
                     checks[check.name] = _run(check, subject)
             for key, exercised in used.items():  # a self-test is not a request
                 entry = bootstrap.process.patches[key]

@@ -16,9 +16,11 @@ from vllm_compat.patching.model import Behavior, Native, NotNeeded, Patch, Route
 from vllm_compat.plan import Decision, Plan
 
 
-def routes(behavior: Behavior, version: Version, runner: str) -> tuple[Route, ...]:
-    """The behavior's routes for this release and runner; several natives and patches act together."""
-    return tuple(route for route in behavior.routes if runner in route.runners and within(version, route.versions))
+def routes(behavior: Behavior, version: Version, runner: str, mode: str | None = None) -> tuple[Route, ...]:
+    """The behavior's routes for this release and runner, and where given for this mode; several natives and patches act
+    together."""
+    found = (route for route in behavior.routes if runner in route.runners and within(version, route.versions))
+    return tuple(route for route in found if mode is None or not route.modes or mode in route.modes)
 
 
 @cache
@@ -40,13 +42,14 @@ def resolve(
     version: Version,
     runner: str,
     profile_name: str = "default",
-    profile: Mapping[str, bool] | None = None,
-    environment: Mapping[str, bool | None] | None = None,
+    profile: Mapping[str, bool | str] | None = None,
+    environment: Mapping[str, bool | str | None] | None = None,
     user: Mapping[str, Any] | None = None,
     strict: bool = True,
     notes: Sequence[str] = (),
 ) -> Plan:
-    """Decide every behavior. ``user`` maps a native route's ``option`` to the value the user gave explicitly."""
+    """Decide every behavior. ``user`` maps a native route's ``option`` to the value the user gave explicitly; profile and
+    environment say on, off, or a mode."""
     decisions = [
         _decide(behavior, version, runner, profile_name, profile or {}, environment or {}, user or {}) for behavior in behaviors
     ]
@@ -60,24 +63,29 @@ def _decide(
     version: Version,
     runner: str,
     profile_name: str,
-    profile: Mapping[str, bool],
-    environment: Mapping[str, bool | None],
+    profile: Mapping[str, bool | str],
+    environment: Mapping[str, bool | str | None],
     user: Mapping[str, Any],
 ) -> Decision:
-    wanted, origin, said = behavior.default, "default", "on by default" if behavior.default else "off by default"
+    choice: bool | str = behavior.default
+    origin, said = "default", "on by default" if behavior.default else "off by default"
     if behavior.name in profile:
-        wanted, origin = profile[behavior.name], "profile"
-        said = f"profile {profile_name} says {'on' if wanted else 'off'}"
+        choice, origin = profile[behavior.name], "profile"
+        said = f"profile {profile_name} says {choice if isinstance(choice, str) else 'on' if choice else 'off'}"
     chosen = environment.get(behavior.name)
     if chosen is not None:
-        wanted, origin, said = chosen, "environment", f"{behavior.variable}={int(chosen)}"
+        choice, origin = chosen, "environment"
+        said = f"{behavior.variable}={choice if isinstance(choice, str) else int(choice)}"
+    wanted = choice != behavior.off if isinstance(choice, str) else choice
+    mode = choice if isinstance(choice, str) else behavior.modes[0] if behavior.modes else ""
 
     def decision(state: State, reason: str, **more: Any) -> Decision:
-        return Decision(behavior=behavior.name, state=state, origin=more.pop("by", origin), reason=reason, **more)
+        by, kept = more.pop("by", origin), mode if wanted else ""
+        return Decision(behavior=behavior.name, state=state, origin=by, reason=reason, mode=kept, **more)
 
     if not wanted:
         return decision(State.DISABLED, f"{said}; lost: {behavior.cost}")
-    found = routes(behavior, version, runner)
+    found = routes(behavior, version, runner, mode)
     natives = [route for route in found if isinstance(route, Native)]
     patches = tuple(route.name for route in found if isinstance(route, Patch))
     given = [(native, user[native.option]) for native in natives if native.option in user]

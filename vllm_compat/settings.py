@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import MutableMapping
+from typing import Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -39,9 +40,11 @@ class Settings(BaseSettings):
     processed_logprobs: bool | None = Field(
         default=None, description="logprobs of the distribution sampled from, prompt rows included, in V0's order of filters"
     )
+    seeded_sampling: bool | None = Field(default=None, description="V0's noise for requests with a seed")
     no_prefix_caching: bool | None = Field(default=None, description="no KV blocks shared between requests")
     no_async_scheduling: bool | None = Field(default=None, description="no step scheduled ahead")
-    fp32_lm_head: bool | None = Field(default=None, description="logits in float32")
+    # accumulate, as 1: from weights in the model's dtype; weights: from float32 weights that the trainer sends; model, as 0: off
+    fp32_lm_head: bool | Literal["accumulate", "weights", "model"] | None = Field(default=None, description="logits in float32")
     synchronized_weight_update: bool | None = Field(
         default=None, description="vllm_compat.weight_update(engine): all parameters change between two steps"
     )
@@ -70,7 +73,7 @@ def load() -> Settings:
         first = error.errors()[0]
         name = PREFIX + str(first["loc"][0]).upper()
         raise SettingsError(
-            f"{name}={os.environ.get(name, '')!r}: {first['msg']}. Use 0 or 1 for a switch (or unset it); "
+            f"{name}={os.environ.get(name, '')!r}: {first['msg']}. Use 0 or 1 for a switch, or a mode it has (or unset it); "
             f"`vllm-compat doctor --help` lists the variables."
         ) from None
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 from vllm_compat.errors import InputError
+from vllm_compat.head import full_float32, linear
 from vllm_compat.v0_formula import GREEDY_BELOW, Setting
 
 # Elements of a temporary float32 block: 64 MiB.
@@ -73,8 +73,8 @@ def fp32_lm_head(model: Any) -> Float32Head:
     states, each rounded once, to its own dtype. What a model does to its logits afterwards (scale, soft cap) happens in
     float32. A deep copy of the model keeps the head, with its own weight.
 
-    On CUDA the product is one ``torch.mm(out_dtype=float32)`` where this torch has it (2.8 on). Elsewhere, and in the
-    backward pass, blocks of the vocabulary are widened in turn and multiplied in float32, with TF32 off.
+    The product is that of `vllm_compat.head`. In the backward pass blocks of the vocabulary are widened in turn and
+    multiplied in float32, with TF32 off.
 
     Returns a handle with ``remove()``, also a context manager. Raises InputError where the head is quantized, wrapped,
     sharded or replaced; and from ``model(...)`` where a model returns no logits (a fused loss that bypasses the head) or
@@ -141,21 +141,13 @@ def _float32_linear() -> Any:
         @staticmethod
         def forward(ctx: Any, hidden: Any, weight: Any) -> Any:
             ctx.save_for_backward(hidden, weight)
-            half = hidden.dtype == weight.dtype != torch.float32
-            if hidden.is_cuda and half and "dtype" in torch.ops.aten.mm.overloads():
-                return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-            logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
-            wide, rows = hidden.float(), _block_rows(weight)
-            with _full_float32(hidden.device.type):
-                for out, block in zip(logits.split(rows, 1), weight.split(rows)):
-                    torch.mm(wide, block.float().t(), out=out)
-            return logits
+            return linear(hidden, weight)
 
         @staticmethod
         def backward(ctx: Any, grad: Any) -> Any:
             hidden, weight = ctx.saved_tensors
             rows, to_hidden, to_weight = _block_rows(weight), None, None
-            with _full_float32(hidden.device.type):
+            with full_float32(hidden.device.type):
                 if ctx.needs_input_grad[0]:
                     to_hidden = torch.zeros_like(hidden, dtype=torch.float32)
                     for part, block in zip(grad.split(rows, 1), weight.split(rows)):
@@ -173,26 +165,6 @@ def _float32_linear() -> Any:
 def _block_rows(table: Any) -> int:
     """How many rows of [rows, width] are one block."""
     return max(1, _BLOCK // int(table.shape[-1]))
-
-
-@contextmanager
-def _full_float32(device: str) -> Iterator[None]:
-    """Float32 matrix products as written: no autocast, no TF32, no bfloat16 passes."""
-    import torch
-
-    # From torch 2.9 on the older switch raises where the program has used the newer one.
-    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-    switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if new else [torch.backends.cuda.matmul]
-    name, off = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
-    before = [getattr(switch, name) for switch in switches]
-    try:
-        for switch in switches:
-            setattr(switch, name, off)
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for switch, value in zip(switches, before):
-            setattr(switch, name, value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,3 +72,16 @@ def processed_logprobs(
             probs = row.softmax(0)
             row[probs < setting.min_p * probs.max()] = -torch.inf
     return row.log_softmax(0)
+
+
+def sampled_token(logprobs: Any, generator: Any) -> int:
+    """The token V0 drew for a seeded request: ``argmax(probs / q)`` (vllm 0.8.5, model_executor/layers/sampler.py).
+
+    logprobs: torch.Tensor of shape [vocab], what `processed_logprobs` returns. ``generator``: the request's torch.Generator,
+    seeded with ``SamplingParams.seed`` on the model's device; q is one float32 exponential from it for every token of the
+    vocabulary, so each call moves it on by one step of the request. A greedy row draws nothing and does not come here.
+    """
+    import torch
+
+    probs = logprobs.to(generator.device).exp().to(torch.float32)
+    return int((probs / torch.empty_like(probs).exponential_(generator=generator)).argmax())

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import warnings
 import weakref
 from types import TracebackType
 from typing import Any
 
-from vllm_compat.errors import WeightUpdateError
+from vllm_compat import report
+from vllm_compat.errors import VllmCompatWarning, WeightUpdateError
 from vllm_compat.patching.model import State
 from vllm_compat.plan import of
+
+_STAYS = (
+    "The engine stays paused with its requests kept: run a complete update in a new `weight_update` block to go on, or shut "
+    "the engine down."
+)
+_REPORT = "vllm_compat_report"
 
 _updating: weakref.WeakSet[Any] = weakref.WeakSet()
 _unfinished: weakref.WeakSet[Any] = weakref.WeakSet()  # paused by an update whose block raised: weights may be mixed
@@ -21,10 +30,12 @@ class weight_update:
 
     Inside the block no step runs on any rank and none starts. Running requests keep their KV cache and continue
     after it: token k comes from the old weights, token k+1 from the new. New requests wait. No cache is cleared.
+    Before the first of them every worker tests itself again, as it did at the start: the head against the new weights.
 
     Raises WeightUpdateError where the engine is not under vllm_compat, the behavior is off, another update is under
-    way, or the engine does not come to rest. If the block raises, the weights may be mixed: the exception goes on, and
-    the engine stays paused, with all requests kept, until an update succeeds.
+    way, or the engine does not come to rest. If the block raises, or a self-test fails after it (under strict; a warning
+    otherwise), the weights may be mixed: the error goes on, and the engine stays paused, with all requests kept, until an
+    update succeeds.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -51,6 +62,11 @@ class weight_update:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._finished(error):
+            try:
+                self._judge(self.engine.collective_rpc(_REPORT))
+            except BaseException:  # also an interrupt
+                _unfinished.add(self.engine)
+                raise
             self._resume()
 
     async def __aenter__(self) -> weight_update:
@@ -75,6 +91,11 @@ class weight_update:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._finished(error):
+            try:
+                self._judge(await self.engine.collective_rpc(_REPORT))
+            except BaseException:  # also a cancelled task
+                _unfinished.add(self.engine)
+                raise
             await self._resume_async()
 
     def _begin(self) -> None:
@@ -116,14 +137,25 @@ class weight_update:
         if not paused:
             raise WeightUpdateError("the engine did not come to rest: nothing was changed")
 
+    def _judge(self, answers: list[str]) -> None:
+        # The workers alone, and not for the record: a paused engine core is not as it promised, and that is what is wanted.
+        status = report.EngineStatus(report.engine(self.engine).plan, 0)
+        status.take([json.loads(answer) for answer in answers])
+        if not status.failures:
+            return
+        found = "; ".join(
+            f"{name} in {role}{'' if rank is None else f' rank {rank}'}: {reason}" for name, role, rank, reason in status.failures
+        )
+        sentence = f"after the weight update the engine does not do what it was started with: {found}"
+        if status.plan.strict:
+            raise WeightUpdateError(f"{sentence}. {_STAYS}")
+        warnings.warn(sentence, VllmCompatWarning, stacklevel=3)
+
     def _finished(self, error: BaseException | None) -> bool:
         _updating.discard(self.engine)
         if error is None:
             _unfinished.discard(self.engine)
             return True
         _unfinished.add(self.engine)
-        error.add_note(
-            "vllm_compat: the weight update did not finish, so the engine stays paused with its requests kept. Run a complete "
-            "update in a new `weight_update` block to go on, or shut the engine down."
-        )
+        error.add_note(f"vllm_compat: the weight update did not finish. {_STAYS}")
         return False

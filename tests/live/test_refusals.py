@@ -218,7 +218,6 @@ def test_a_quantized_lm_head(run_python, model) -> None:
 @pytest.mark.parametrize(
     ("arguments", "behavior", "says"),
     [
-        ("enable_lora=True, max_lora_rank=8", "fp32_lm_head", "LoRA wraps the head"),
         (
             "speculative_config={'method': 'ngram', 'num_speculative_tokens': 2, 'prompt_lookup_max': 3}",
             "processed_logprobs",
@@ -227,7 +226,7 @@ def test_a_quantized_lm_head(run_python, model) -> None:
     ],
 )
 def test_what_was_not_proven_is_refused(run_python, model, arguments, behavior, says) -> None:
-    """LoRA and speculative decoding go other ways through head and sampler: refused by name."""
+    """Speculative decoding goes another way through the sampler: refused by name."""
     script = PRELUDE + f"import vllm_compat\nif __name__ == '__main__': say(caught(lambda: make({arguments})))"
     name, _, failures = run_python(script, str(model), environment=IN_PROCESS).ok().result
     assert name == "ProofError"
@@ -287,6 +286,7 @@ if __name__ == "__main__":
     assert plain["states"] == {
         "model_runner_v1": ["native", "default"],
         "processed_logprobs": ["pending", "profile"],
+        "seeded_sampling": ["pending", "default"],
         "no_prefix_caching": ["native", "environment"],
         "no_async_scheduling": ["disabled", "environment"],
         "fp32_lm_head": ["pending", "profile"],
@@ -320,7 +320,8 @@ def test_model_runner_v2_by_the_user(run_python, model) -> None:
     name, text, _ = run_python(script, str(model), environment=variables).ok().result
     assert name == "UnsupportedBehaviorError"
     assert "processed_logprobs: Model Runner V2 scores prompts raw" in text
-    name, text, _ = run_python(script, str(model), environment={**variables, "VLLM_COMPAT_PROCESSED_LOGPROBS": "0"}).ok().result
+    given_up = {"VLLM_COMPAT_PROCESSED_LOGPROBS": "0", "VLLM_COMPAT_SEEDED_SAMPLING": "0"}
+    name, text, _ = run_python(script, str(model), environment={**variables, **given_up}).ok().result
     assert name == "ValidationError"
     assert "Model Runner V2 requires Triton" in text
 

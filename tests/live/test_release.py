@@ -282,3 +282,26 @@ def test_async_llm(run_engine, model, engine, results, new_norms) -> None:
     assert found["status"]["proven"]
     assert [p["role"] for p in found["status"]["processes"]] == ["front", "engine_core", "worker"]
     results["async_llm"] = {"requests": 4, "worst": _worst_held(model, new_norms, found)}
+
+
+SEEDED = """
+import json, sys
+import vllm_compat
+from vllm import LLM
+
+if __name__ == "__main__":
+    import seeded
+    llm = LLM(model=sys.argv[1], dtype=sys.argv[2], enforce_eager=True, gpu_memory_utilization=0.3, max_model_len=128,
+              max_logprobs=seeded.VOCAB)
+    asked = seeded.requests(24)
+    print("RESULT " + json.dumps(seeded.compared(asked, seeded.generate(llm, asked + seeded.neighbors(24)))))
+"""
+
+
+def test_seeded_tokens(run_engine, model, engine, results) -> None:
+    """Beside a greedy and two unseeded requests, every seeded request's tokens are what V0's rule draws from the returned
+    distributions: on V0 itself, and everywhere."""
+    found = run_engine(SEEDED, str(model), engine.dtype).ok().result
+    assert found["equal"] == found["requests"] == 12
+    assert all(len(tokens) == 24 for tokens in found["tokens"])
+    results["seeded_sampling"] = {"requests": found["requests"], "tokens": 24}

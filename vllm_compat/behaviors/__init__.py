@@ -8,6 +8,7 @@ from vllm_compat.behaviors import (
     no_async_scheduling,
     no_prefix_caching,
     processed_logprobs,
+    seeded_sampling,
     synchronized_weight_update,
     unshared_engine_seed,
 )
@@ -17,6 +18,7 @@ from vllm_compat.patching.model import Behavior
 ALL: tuple[Behavior, ...] = (
     model_runner_v1.BEHAVIOR,
     processed_logprobs.BEHAVIOR,
+    seeded_sampling.BEHAVIOR,
     no_prefix_caching.BEHAVIOR,
     no_async_scheduling.BEHAVIOR,
     fp32_lm_head.BEHAVIOR,

@@ -180,7 +180,7 @@ def _build_prompt(original: Any, module: Any) -> Any:
 
 # --- the self-test of a worker --------------------------------------------------------------------------------
 
-_VOCAB = 64
+PROBE_VOCAB = 64
 _PROMPT, _OUTPUT = [3, 5, 7, 11], [5, 5, 13]
 # name -> vLLM's SamplingParams arguments; one batch holds them all, so that rows that leak into others are seen.
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -202,7 +202,7 @@ def self_test_logits() -> Any:
     """Synthetic logits, float32 [settings, vocab] on the CPU; the suite checks that no filter's edge is near a token."""
     import torch
 
-    return torch.randn(len(_SETTINGS), _VOCAB, generator=torch.Generator().manual_seed(20250506)) * 2.5
+    return torch.randn(len(_SETTINGS), PROBE_VOCAB, generator=torch.Generator().manual_seed(20250506)) * 2.5
 
 
 def _compare(name: str, found: Any, expected: Any) -> float:
@@ -238,7 +238,7 @@ def _processors(config: Any, device: Any, params: list[Any]) -> Any:
     return made
 
 
-def _metadata(config: Any, device: Any, params: list[Any]) -> Any:
+def probe_metadata(config: Any, device: Any, params: list[Any]) -> Any:
     """vLLM's SamplingMetadata for one row a request. Its fields differ between releases."""
     import torch
     from vllm.v1.sample.metadata import SamplingMetadata
@@ -249,7 +249,8 @@ def _metadata(config: Any, device: Any, params: list[Any]) -> Any:
     top_k, count = column("top_k", torch.int32), len(params)
     values = {
         "temperature": column("temperature"), "all_greedy": False, "all_random": False, "top_p": column("top_p"),
-        "top_k": torch.where(top_k > 0, top_k, _VOCAB), "generators": {}, "max_num_logprobs": _VOCAB, "no_penalties": False,
+        "top_k": torch.where(top_k > 0, top_k, PROBE_VOCAB), "generators": {}, "max_num_logprobs": PROBE_VOCAB,
+        "no_penalties": False,
         "prompt_token_ids": torch.tensor([_PROMPT] * count, device=device),
         "frequency_penalties": column("frequency_penalty"), "presence_penalties": column("presence_penalty"),
         "repetition_penalties": column("repetition_penalty"), "output_token_ids": [list(_OUTPUT) for _ in params],
@@ -266,7 +267,7 @@ def _dense(rows: Any) -> Any:
     import torch
 
     ids, logprobs = rows.logprob_token_ids.cpu().long(), rows.logprobs.cpu()
-    return torch.full((len(ids), _VOCAB), -torch.inf).scatter_(1, ids, logprobs)
+    return torch.full((len(ids), PROBE_VOCAB), -torch.inf).scatter_(1, ids, logprobs)
 
 
 def _worker(worker: Any) -> str:
@@ -283,7 +284,7 @@ def _worker(worker: Any) -> str:
     runner, count = worker.model_runner, len(_SETTINGS)
     device = runner.device  # a CPU worker's own is not always set
     params = [SamplingParams(**{"max_tokens": 8, **given}) for given in _SETTINGS.values()]
-    metadata = _metadata(worker.vllm_config, device, params)
+    metadata = probe_metadata(worker.vllm_config, device, params)
     logits, worst = self_test_logits(), 0.0
     # Eager: the real requests compile what they need later. The noise drawn here is given back.
     devices = [device] if device.type == "cuda" else []
@@ -316,7 +317,7 @@ def _prompt_rows(runner: Any, device: Any, logits: Any, params: Any) -> Any:
         _sync_device=getattr(runner, "_sync_device", None),
     )  # fmt: skip
     holder = stand_in if hasattr(runner, "num_prompt_logprobs") else stand_in.input_batch
-    holder.num_prompt_logprobs = {"probe": _VOCAB}
+    holder.num_prompt_logprobs = {"probe": PROBE_VOCAB}
     scheduled: Any = {"probe": length}
     if "scheduler_output" in inspect.signature(score).parameters:  # up to 0.10.1.1
         scheduled = SimpleNamespace(num_scheduled_tokens=scheduled)

@@ -60,10 +60,12 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Where a route applies: a PEP 440 range and the model runners (``v0``, ``v1``, ``v2``)."""
+    """Where a route applies: a PEP 440 range, the model runners (``v0``, ``v1``, ``v2``), and of a behavior that has modes
+    those it is for (empty: all)."""
 
     versions: str
     runners: tuple[str, ...] = ("v1",)
+    modes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +124,13 @@ class Check:
     """A question put to a running process of the engine.
 
     ``run(subject)`` gets the live ``EngineCore`` or ``Worker`` and returns a sentence about what it saw, or raises
-    ``CheckFailed``.
+    ``CheckFailed``. ``modes`` as of a route.
     """
 
     name: str
     role: Role
     run: Callable[[Any], str]
+    modes: tuple[str, ...] = ()
 
 
 class CheckFailed(Exception):
@@ -136,7 +139,11 @@ class CheckFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Behavior:
-    """One trait of V0: what it was, what V1 does, how to get it back, how to tell that it is back."""
+    """One trait of V0: what it was, what V1 does, how to get it back, how to tell that it is back.
+
+    ``modes`` are the ways in which it can be on, the default first; ``off`` is the word of the same kind for switching it
+    off. Switch and profile take these words besides on and off.
+    """
 
     name: str
     v0: str
@@ -146,6 +153,8 @@ class Behavior:
     checks: tuple[Check, ...] = ()
     relies_on: tuple[Target, ...] = ()
     default: bool = True
+    modes: tuple[str, ...] = ()
+    off: str = ""
 
     @property
     def variable(self) -> str:

@@ -93,7 +93,12 @@ def _block(lines: tuple[str, ...], head: str, indent: int) -> tuple[str, ...] | 
     for end in range(start + 1, len(lines)):
         line = lines[end]
         depth = len(line) - len(line.lstrip())
-        # a closing parenthesis of a signature over several lines stands at the definition's own depth
-        if line.strip() and depth <= indent and not line.lstrip().startswith((")", "#")):
-            return lines[start:end]
-    return lines[start:]
+        # a closing bracket of a signature over several lines stands at the definition's own depth
+        if line.strip() and depth <= indent and not line.lstrip().startswith((")", "]", "#")):
+            break
+    else:
+        end = len(lines)
+    # comments that trail it belong to what follows, and stand at any depth
+    while not lines[end - 1].strip() or lines[end - 1].lstrip().startswith("#"):
+        end -= 1
+    return lines[start:end]
