@@ -57,6 +57,7 @@ def broken(tmp_path: Path) -> dict[str, tuple[list[object], str]]:
         "like of another vocabulary": ([small, *out, "--like", REFERENCE], "a vocabulary of 300 tokens"),
         "damaged like": ([MODEL, *out, "--like", MODEL / "model.safetensors"], "not a recording of vllm_compat"),
         "positions": ([MODEL, *out, "--positions", 0], "at least 1"),
+        "float64 engine": ([MODEL, *out, "--dtype", "float64"], "vLLM has no such engine"),
         "engine args of a trainer": ([MODEL, *out, "--engine", "trainer", "--engine-args", '{"a": 1}'], "are for vLLM"),
     }
 
@@ -90,6 +91,9 @@ def test_a_float32_trainer_meets_v0(trainer):
             assert gap.max < 3e-4, (name, kind)
     floor = found.header["floor"]["batch"]
     assert 0 < floor["abs_dlogprob_max"] < 1e-4
+    exact = found.header["floor"]["rounding"]
+    assert 0 < exact["abs_dlogprob_max"] < 1e-4
+    assert exact["abs_dlogprob_mean"] < 1e-5
 
 
 def test_a_bfloat16_trainer_knows_its_rounding(tmp_path, trainer):

@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm_compat import recording
@@ -215,6 +216,24 @@ def _plain(row: Mapping[int, Any]) -> dict[int, float]:
 
 
 # --- a trainer ----------------------------------------------------------------------------------------------------
+
+
+def load_model(folder: Path, dtype: str, device: str) -> Any:
+    """A transformers causal language model, for scoring. dtype: a torch dtype's name.
+
+    Attention is eager where the config has a soft cap on its logits (Gemma 2): transformers' default, sdpa, leaves that out.
+    """
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    more = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    recent = int(transformers.__version__.partition(".")[0]) >= 5
+    if recent and dtype == "float64":
+        more["experts_implementation"] = "eager"  # the default's grouped product has no float64
+    name = "dtype" if recent else "torch_dtype"
+    made = transformers.AutoModelForCausalLM.from_pretrained(folder, **{name: getattr(torch, dtype)}, **more)
+    return made.to(device).eval()
 
 
 class Trainer:

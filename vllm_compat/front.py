@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from vllm_compat.resolve import resolve, routes, targets, within
 
 # vLLM's own variables that a native route may set.
 _VARIABLES = {route.option for behavior in ALL for route in behavior.routes if isinstance(route, Native) and route.env}
+
+_said: set[str] = set()  # what is said once a process
 
 
 class UserArgs:
@@ -143,6 +146,12 @@ def decide(args: UserArgs) -> Callable[[str], Plan]:
         notes.append(str(problem))
         warnings.warn(str(problem), VllmCompatWarning, stacklevel=2)
     chosen, profile_notes = profiles.choose(current.profile, model_config_json(args))
+    unproven = profiles.missing_evidence(chosen, str(installed.release), _device())
+    if unproven:
+        notes.append(unproven)
+        if unproven not in _said:
+            _said.add(unproven)
+            logging.getLogger("vllm.vllm_compat").warning("vllm_compat: %s", unproven)
     user = given_by_user(args, installed.release)
 
     def plan_for(runner: str) -> Plan:
@@ -158,6 +167,13 @@ def decide(args: UserArgs) -> Callable[[str], Plan]:
         return plan
 
     return plan_for
+
+
+def _device() -> str:
+    """What this vLLM runs on: cpu, cuda, …"""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
 
 
 def asked_runner() -> str:

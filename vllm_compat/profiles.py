@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from packaging.version import Version
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_compat.behaviors import BY_NAME
@@ -71,7 +72,7 @@ class Profile(BaseModel):
     name: str = Field(min_length=1)
     description: str = ""
     match: Match = Match()
-    behaviors: dict[str, bool] = {}
+    behaviors: dict[str, bool | str] = {}  # on, off, or a mode
     bands: dict[str, Band] = {}
     evidence: tuple[Evidence, ...] = ()
 
@@ -111,10 +112,26 @@ def read(file: Path) -> Profile:
     unknown = sorted(set(profile.behaviors) - set(BY_NAME))
     if unknown:
         raise ProfileError(f"{file}: behaviors.{unknown[0]}: no such behavior; known: {', '.join(BY_NAME)}")
+    for name, choice in profile.behaviors.items():
+        words = (*BY_NAME[name].modes, BY_NAME[name].off) if BY_NAME[name].modes else ()
+        if isinstance(choice, str) and choice not in words:
+            raise ProfileError(f"{file}: behaviors.{name}: {choice!r} is none of {', '.join(('true', 'false', *words))}")
     unknown = sorted(set(profile.bands) - set(RESOLUTION))
     if unknown:
         raise ProfileError(f"{file}: bands.{unknown[0]}: no such metric has a band; known: {', '.join(RESOLUTION)}")
     return profile
+
+
+def missing_evidence(profile: Profile, release: str, device: str) -> str | None:
+    """The sentence for a model whose profile was never validated on this release and kind of device; None where it was."""
+    held = [one for one in profile.evidence if one.held]
+    if any((Version(one.vllm).public, one.device) == (release, device) for one in held):
+        return None
+    known = sorted({f"{one.device} {one.kind} on vLLM {one.vllm}" for one in held})
+    return (
+        f"profile {profile.name} has no evidence on vLLM {release}, {device} (it has {', '.join(known) or 'none at all'}): "
+        f"`vllm-compat validate` compares your model with a reference"
+    )
 
 
 def add_evidence(file: Path, entry: Evidence) -> None:

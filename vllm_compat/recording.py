@@ -217,7 +217,7 @@ def _listed(ids: Any, logprobs: Any) -> dict[int, float]:
 
 # Below this a float32 probability underflows. V0's top-p then drops the token, for every row of a batch in which any
 # row uses top-p: whether it is kept says something about the neighbors and nothing about the distribution.
-_UNDERFLOW = -80.0
+UNDERFLOW = -80.0
 
 
 @dataclass(slots=True)
@@ -248,7 +248,7 @@ class Difference:
         lonely = np.isfinite(found) != np.isfinite(reference)
         self.total += float(gap.sum())
         self.count += int(kept.sum())
-        self.support += int((lonely & (np.maximum(found, reference) > _UNDERFLOW)).sum())
+        self.support += int((lonely & (np.maximum(found, reference) > UNDERFLOW)).sum())
         self.rows += 1
         self.max = max(self.max, float(gap.max(initial=0.0)))
 

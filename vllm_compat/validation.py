@@ -4,9 +4,10 @@ How far one recording is from another, in numbers; and whether that is within th
 A band is the reference's own noise floor times the profile's factor. A recording holds two floors:
 
     batch      its maker once more, one request at a time. What another order of the same sums changes.
-    rounding   a maker in bfloat16 or float16 against the float32 recording that it was made ``--like``. What its dtype
-               changes. Two sides that both round differ by about sqrt(2) of one's floor. A batch floor alone says little
-               there: on a CPU the same rounding meets both batch sizes, and the floor is almost 0.
+    rounding   a maker in bfloat16 or float16 against the float32 recording that it was made ``--like``; a float32 trainer
+               against itself in float64; a float32 engine against a trainer in float64 (`with_exact`). What its dtype
+               changes. Two sides that both round differ by about sqrt(2) of one's floor. A batch floor alone says little of
+               it: on a CPU the same rounding meets both batch sizes.
 
 A batch floor below what float32 resolves counts as that resolution.
 """
@@ -115,6 +116,22 @@ def judge(measured: Mapping[str, float], reference: Recording, bands: Mapping[st
         Verdict(name, measured[name], floors["batch"][name], rounding and rounding[name], batch, factor)
         for name, (batch, factor) in bands.items()
     ]
+
+
+def with_exact(reference: Recording, exact: Recording) -> Recording:
+    """The reference with a rounding floor: its distance to a float64 recording of the same experiment and weights.
+
+    Raises RecordingError where ``exact`` is not that, or the reference has a rounding floor already.
+    """
+    made = exact.header["made_by"]
+    if made["dtype"] != "float64":
+        raise RecordingError(
+            f"the exact recording is {made['dtype']}: want `record --engine trainer --dtype float64 --like` the reference"
+        )
+    floors = reference.header["floor"]
+    if floors["rounding"] is not None:
+        raise RecordingError("the reference has a rounding floor of its own: leave --exact out")
+    return Recording({**reference.header, "floor": {**floors, "rounding": measure(reference, exact).metrics}}, reference.tensors)
 
 
 def same_head(found: Recording, reference: Recording) -> None:

@@ -22,6 +22,11 @@ from vllm_compat.errors import RecordingError
 from vllm_compat.version import __version__
 
 _CHUNK = 256  # requests between two saves of what there is
+_PASSES = {
+    "batch": "in one batch",
+    "alone": "one at a time, for the batch floor",
+    "exact": "in float64, for the rounding floor",
+}
 _BESIDE = ("VLLM_COMPAT_PROFILE", "VLLM_COMPAT_REPORT_DIR")  # variables that no recording depends on, --profile decides
 
 
@@ -31,7 +36,10 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("model", type=Path, help="a model folder with config.json, tokenizer and safetensors weights")
     parser.add_argument("--out", type=Path, required=True, metavar="REF", help="the recording to write (.safetensors)")
     parser.add_argument("--engine", choices=("vllm", "trainer"), default="vllm", help="trainer: the model in transformers")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32", help="float64: of a trainer, for "
+        "`validate --exact`",
+    )  # fmt: skip
     parser.add_argument(
         "--head", choices=("float32", "model"), default="float32", help="with --engine trainer: the lm_head's arithmetic"
     )
@@ -107,6 +115,8 @@ def _checked(
         raise RecordingError(f"{args.model}: not a model folder (config.json and *.safetensors are needed)")
     if args.positions < 1 or (args.top_n is not None and args.top_n < 1):
         raise RecordingError("--positions and --top-n want a number of at least 1")
+    if args.dtype == "float64" and args.engine != "trainer":
+        raise RecordingError("--dtype float64 is a trainer's (--engine trainer): vLLM has no such engine")
     try:
         engine_args = json.loads(args.engine_args)
     except ValueError as error:
@@ -205,8 +215,11 @@ def _record(
     if alone is None:
         return made
     batch, rounding = validation.measure(recording.Recording(header, experiment.assemble(asked, alone)), made), None
-    if like is not None and like.header["made_by"]["dtype"] == "float32" != args.dtype:
+    if like is not None and like.header["made_by"]["dtype"] == "float32" and args.dtype in ("bfloat16", "float16"):
         rounding = validation.measure(made, like).metrics
+    elif side.exact is not None:
+        wider = _answers(side.exact(made), asked, parts, "exact")
+        rounding = validation.measure(made, recording.Recording(header, experiment.assemble(asked, wider))).metrics
     gaps = {row[:4]: gap for row, gap in zip(batch.rows, batch.differences())}
     places = [(r.setting, r.prompt, r.kind, r.position) for r in recording.rows(made, made) if r.index >= 0]
     made.tensors["floor"] = np.array([gaps.get(place, np.nan) for place in places], dtype=np.float32)
@@ -227,18 +240,18 @@ def _answers(
         if not kept:
             for answer in maker.answer(chunk, together=how == "batch"):
                 answers.append(answer)
-                what = "in one batch" if how == "batch" else "one at a time, for the noise floor"
-                experiment.progress(len(found) + len(answers), len(todo), f"requests {what}")
+                experiment.progress(len(found) + len(answers), len(todo), f"requests {_PASSES[how]}")
             parts.put(f"{how}-{number}", [answer.to_json() for answer in answers])
         found.update((request.key, answer) for request, answer in zip(chunk, answers))
     return found
 
 
 class _Side:
-    """Who answers: its maker, its tokenizer, and how it describes itself."""
+    """Who answers: its maker, its tokenizer, how it describes itself, and where there is one, a maker in float64 of the same
+    model that scores the tokens of a recording."""
 
-    def __init__(self, maker: Any, tokenizer: Any, made_by: Any) -> None:
-        self.maker, self.tokenizer, self.made_by = maker, tokenizer, made_by
+    def __init__(self, maker: Any, tokenizer: Any, made_by: Any, exact: Any = None) -> None:
+        self.maker, self.tokenizer, self.made_by, self.exact = maker, tokenizer, made_by, exact
 
 
 def _engine(
@@ -276,7 +289,7 @@ def _engine(
 
 
 def _reported(status: dict[str, Any]) -> dict[str, Any]:
-    """What the engine's processes reported, without what is this run's only (pids, hosts): equal runs, equal headers."""
+    """What the engine's processes reported, without pids and hosts: a recording is made to be shared."""
     behaviors = {name: {key: row[key] for key in ("state", "decided_by", "reason")} for name, row in status["behaviors"].items()}
     for name, row in status["behaviors"].items():
         behaviors[name]["seen"] = [[seen["role"], seen["rank"], seen["held"], seen["saw"]] for seen in row["evidence"]]
@@ -294,24 +307,26 @@ def _trainer(
 
     if engine_args:
         raise RecordingError("--engine-args are for vLLM: leave them out with --engine trainer")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, **{name: getattr(torch, args.dtype)})
-    model = model.to(device).eval()
-    if args.head == "float32":
+    device, top = "cuda" if torch.cuda.is_available() else "cpu", vocab if top_n is None else top_n
+    model = experiment.load_model(args.model, args.dtype, device)
+    if args.head == "float32" and args.dtype != "float64":
         fp32_lm_head(model)
-    maker = experiment.Trainer(model, vocab, vocab if top_n is None else top_n, like)
+
+    def exact(made: recording.Recording) -> experiment.Trainer:
+        return experiment.Trainer(experiment.load_model(args.model, "float64", device), vocab, top, made)
 
     def made_by() -> dict[str, Any]:
         return {
             "side": "trainer",
             "engine": "transformers",
             "transformers": transformers.__version__,
-            "lm_head": "float32" if args.head == "float32" else args.dtype,
+            "lm_head": "float32" if args.head == "float32" and args.dtype != "float64" else args.dtype,
             "device": device,
         }
 
-    return _Side(maker, transformers.AutoTokenizer.from_pretrained(args.model), made_by)
+    maker = experiment.Trainer(model, vocab, top, like)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    return _Side(maker, tokenizer, made_by, exact if args.dtype == "float32" else None)
 
 
 def _made_by(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from packaging.version import Version
 from vllm_compat import releases
 from vllm_compat.behaviors import ALL
 from vllm_compat.behaviors._common import V0_RELEASES, V2_RELEASES
+from vllm_compat.recording import KINDS
 from vllm_compat.resolve import resolve, targets, within
 
 _TIERS = (
@@ -62,7 +63,7 @@ def describe(version: str) -> dict[str, Any]:
 
 
 def _worst(figures: dict[str, Any] | None) -> float | None:
-    return max(figures[kind]["worst"] for kind in ("sampled", "prompt")) if figures else None
+    return max(figures[kind]["worst"] for kind in KINDS if kind in figures) if figures else None
 
 
 def _text(found: list[dict[str, Any]]) -> str:
