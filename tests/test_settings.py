@@ -44,6 +44,14 @@ def test_bad_value(monkeypatch, name, value):
         settings.load()
 
 
+@pytest.mark.parametrize(("value", "choice"), [("1", True), ("0", False), ("weights", "weights"), ("model", "model")])
+def test_a_switch_takes_modes(monkeypatch, value, choice):
+    """0 and 1 stay switches; a mode keeps its word."""
+    monkeypatch.setenv("VLLM_COMPAT_FP32_LM_HEAD", value)
+    assert settings.load().fp32_lm_head == choice
+    assert type(settings.load().fp32_lm_head) is type(choice)
+
+
 def test_every_behavior_has_its_switch_and_nothing_else_does():
     """The settings' fields are profile, strict, report_dir, lock and the behaviors, by name."""
     assert set(settings.Settings.model_fields) == {"profile", "strict", "report_dir", "lock", *behaviors.BY_NAME}

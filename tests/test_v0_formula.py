@@ -15,7 +15,9 @@ EOS = 298
 REFERENCE = recording.load(PARITY / "v0_float32.safetensors")
 BASE = REFERENCE.settings.index("T=1")
 # The recorded T=1 rows are the logits up to a constant. Only the repetition penalty sees that constant.
-CASES = [(i, name, given) for i, (name, given) in enumerate(REFERENCE.experiment["settings"]) if "repetition_penalty" not in given]
+CASES = [
+    (i, name, given) for i, (name, given) in enumerate(REFERENCE.experiment["settings"]) if "repetition_penalty" not in given
+]
 
 
 def setting_of(given: dict) -> Setting:
