@@ -218,6 +218,7 @@ def test_a_quantized_lm_head(run_python, model) -> None:
 @pytest.mark.parametrize(
     ("arguments", "behavior", "says"),
     [
+        ("enable_lora=True, max_lora_rank=8", "fp32_lm_head", "LoRA wraps the head"),
         (
             "speculative_config={'method': 'ngram', 'num_speculative_tokens': 2, 'prompt_lookup_max': 3}",
             "processed_logprobs",
@@ -226,7 +227,7 @@ def test_a_quantized_lm_head(run_python, model) -> None:
     ],
 )
 def test_what_was_not_proven_is_refused(run_python, model, arguments, behavior, says) -> None:
-    """Speculative decoding goes another way through the sampler: refused by name."""
+    """LoRA and speculative decoding go other ways through head and sampler: refused by name."""
     script = PRELUDE + f"import vllm_compat\nif __name__ == '__main__': say(caught(lambda: make({arguments})))"
     name, _, failures = run_python(script, str(model), environment=IN_PROCESS).ok().result
     assert name == "ProofError"

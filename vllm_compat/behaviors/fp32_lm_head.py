@@ -294,6 +294,11 @@ def _worker(worker: Any) -> str:
 
     if not _generates(worker):
         return "this process has no head"
+    if worker.lora_config is not None:
+        raise CheckFailed(
+            "LoRA wraps the head, and that was not proven: turn LoRA off, or keep the model's own head on both sides "
+            "(VLLM_COMPAT_FP32_LM_HEAD=model)"
+        )
     found = _head(worker)
     if found is None:
         raise CheckFailed(
