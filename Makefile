@@ -7,7 +7,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: setup demo test test-fast lint bench sources matrix releases clean
+.PHONY: setup demo test test-fast lint bench sources matrix releases evidence clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +40,7 @@ bench: setup
 	$(RUN) benchmarks/import_time.py
 	$(RUN) benchmarks/start_cost.py
 	$(RUN) benchmarks/throughput.py
+	$(RUN) benchmarks/lm_head.py
 
 # What did a release move? VERSION=<version|wheel|folder>; WRITE=1 keeps it; DIFF=<version> prints the changed bodies.
 sources: setup
@@ -49,6 +50,12 @@ sources: setup
 # One real engine after another, each in an environment of its own: VERSIONS="0.18.1 0.26.0", or the standard list.
 matrix: setup
 	$(RUN) tests/releases/matrix.py $(VERSIONS)
+
+# Each family's small model against V0, on each release; what is found goes into profiles/*.toml. FAMILIES="gemma2 phi3",
+# VERSIONS="0.18.1", DTYPE=bfloat16, RECORD=1 makes the references again, ENGINES=<folder of environments>.
+evidence: setup
+	$(RUN) tests/families/evidence.py $(FAMILIES) $(if $(VERSIONS),--versions $(VERSIONS)) $(if $(DTYPE),--dtype $(DTYPE)) \
+		$(if $(RECORD),--record) $(if $(ENGINES),--folder $(ENGINES))
 
 # The tables in README.md and docs/releases.md, from the data of the two above.
 releases: setup
