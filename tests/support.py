@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import textwrap
 from dataclasses import dataclass
@@ -61,3 +62,8 @@ def run_script(
         check=False,
     )
     return Ran(done.returncode, done.stdout)
+
+
+def heed_interrupts() -> None:
+    """For a child process that is sent SIGINT: a suite that runs in a shell's background inherits that it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import PARITY, clean_environment
+from support import PARITY, clean_environment, heed_interrupts
 
 from vllm_compat import recording, validation
 
@@ -22,7 +22,12 @@ MODEL, REFERENCE = PARITY / "model", PARITY / "v0_float32.safetensors"
 def start(*words: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "vllm_compat", "record", *map(str, words)]
     return subprocess.Popen(
-        command, env=clean_environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=clean_environment(OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
 
 

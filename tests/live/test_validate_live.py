@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from support import PARITY, ROOT, clean_environment
+from support import PARITY, ROOT, clean_environment, heed_interrupts
 
 from vllm_compat import experiment, recording
 
@@ -34,8 +34,9 @@ def interrupted_after(out: Path, part: Path) -> tuple[int, str]:
     """Run it, and press Ctrl-C, which reaches the engine's processes too, once this part is there."""
     with (out / "log").open("w") as log:
         child = subprocess.Popen(
-            command(out), env=clean_environment(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command(out), env=clean_environment(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=heed_interrupts,
+        )  # fmt: skip
         until = time.monotonic() + 200
         while time.monotonic() < until and child.poll() is None:
             try:
