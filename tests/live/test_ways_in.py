@@ -205,3 +205,26 @@ def test_engines_do_not_share_a_seed(run_python, model) -> None:
     assert first != second
     assert one["evidence"][0]["saw"] != two["evidence"][0]["saw"]
     assert one["evidence"][0]["saw"].startswith("seed=")
+
+
+UNPROVEN = """
+import json, sys, vllm_compat
+from vllm.engine.arg_utils import EngineArgs
+
+if __name__ == "__main__":
+    for _ in range(2):
+        config = EngineArgs(model=sys.argv[1], enforce_eager=True, max_model_len=128).create_engine_config()
+    print("RESULT " + json.dumps(json.loads(config.additional_config["vllm_compat"])["notes"]))
+"""
+
+
+def test_a_model_without_evidence_says_so_once(run_python, model) -> None:
+    """The profile default has none: one line in the log for two configurations, and a note in each report; qwen3 has some."""
+    said = "has no evidence on vLLM 0.32.0, cpu"
+    ran = run_python(UNPROVEN, str(model), environment={"VLLM_COMPAT_PROFILE": "default"}).ok()
+    logged = [line for line in ran.text.splitlines() if not line.startswith("RESULT ")]
+    assert sum(f"vllm_compat: profile default {said}" in line for line in logged) == 1
+    assert any(said in note for note in ran.result)
+    ran = run_python(UNPROVEN, str(model)).ok()
+    assert said not in ran.text
+    assert not any(said in note for note in ran.result)
