@@ -7,6 +7,10 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
+# Two tests at a time, on one thread each: starting an engine is work for one core, and a tiny model is no more.
+WORKERS ?= 2
+TESTED := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(RUN) -m pytest -n $(WORKERS) --dist worksteal
+
 .PHONY: setup demo test test-fast lint bench sources matrix releases evidence clean
 
 setup: $(VENV)/.ready
@@ -26,10 +30,10 @@ demo: setup
 	$(RUN) examples/v0_parity/demo.py
 
 test: setup lint
-	$(RUN) -m pytest tests
+	$(TESTED) tests
 
 test-fast: setup
-	$(RUN) -m pytest tests -m "not live"
+	$(TESTED) tests -m "not live"
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -139,6 +139,31 @@ def test_a_healthy_pair(dtype):
     assert found.heads == {"trainer": "float32", "rollout": "float32"}
 
 
+def outside(row: dict, rank: int = 0) -> dict:
+    """The row, its last token one that the trainer's truncation does not keep and the rollout's did; rank 0: the most probable."""
+    *_, last = distributions(row, model(dtype="bfloat16"))
+    full = logits_of(row, model(dtype="bfloat16"))[-1]
+    token = int(torch.where(last.isneginf(), full, -math.inf).argsort(descending=True)[rank])
+    tokens = [*row["token_ids"][:-1], token]
+    sides = {
+        "rollout_logprobs": [*row["rollout_logprobs"][:-1], -2.5],
+        "trainer_logprobs": [*row["trainer_logprobs"][:-1], -math.inf],
+    }
+    return {**row, **sides, "token_ids": tokens}
+
+
+def test_rounding_moves_a_token_across_the_edge_of_a_truncation():
+    """bfloat16: one token that top-p keeps on one side only is rounding; one in each sequence, far from the edge, is not."""
+    sampled = sample(TRUNCATED, dtype="bfloat16", count=24)
+    rows = [row for row in sampled if all(map(math.isfinite, scored(row, model())))]  # none of the trainer's own tokens crossed
+    one = run([outside(rows[0], rank=3), *rows[1:]], dtype="bfloat16")
+    assert one.healthy
+    assert one.metrics["outside_trainer"] == 1
+    many = run([outside(row, rank=20) for row in rows], dtype="bfloat16")
+    assert not many.healthy
+    assert share(many, "unexplained", "rollout") > 0.02
+
+
 FAULTS = {
     "raw_logprobs": (MIXED, lambda p: {}),
     "temperature_never": ((TRUNCATED, PENALIZED), lambda p: {**p, "temperature": 1.0}),

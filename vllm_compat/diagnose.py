@@ -291,7 +291,7 @@ def _side_rows(scorer: Scorer, side: Side, one_sided: bool) -> list[tuple[str, s
         part = rest - math.sqrt(rest**2 - size**2)
         rows.append((head, side.name, part, f"{side.head_evidence}; the share is an estimate from the size of that rounding"))
         rest -= part
-    excess = max(0.0, rest - side.floor["floor"] * side.tokens, float(np.maximum(left - side.worst_token, 0).sum()))
+    excess = max(0.0, rest - side.floor["floor"] * side.tokens, float(np.maximum(left - side.limits(scorer, side.how), 0).sum()))
     rounding = rest - excess
     if rounding:
         precision, batch = side.floor["precision"], side.floor["batch"]

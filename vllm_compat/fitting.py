@@ -120,6 +120,20 @@ class Side:
             ]
         )
 
+    def limits(self, scorer: Scorer, how: Semantics) -> Any:
+        """What rounding may come to per token, in the order of `gaps`. 16-bit rounding also moves a token across the edge of what
+        top-k, top-p and min-p keep, which counts as `OUTSIDE`; many such tokens show in the mean."""
+        import numpy as np
+
+        if self.dtype == "float32":
+            return np.full(sum(map(len, self.values)), self.worst_token)
+        kept = [np.isneginf(scorer.get(i, self._schedule(i), self.dtype, how)) for i in range(len(self.values))]
+        crossed = np.concatenate(kept) ^ np.isneginf(np.concatenate(self.values))
+        return np.where(crossed, OUTSIDE, self.worst_token)
+
+    def _schedule(self, i: int) -> Schedule:
+        return self.paths[i].schedule if i in self.paths else self.base[i]
+
     def fit(self, scorer: Scorer, head: str) -> None:
         """Find what predicts this side: ``how`` (semantics), ``paths`` of sequences, ``head``."""
         values = self._rounded_values()
@@ -166,8 +180,7 @@ class Side:
     def _predicted(self, scorer: Scorer, how: Semantics) -> Any:
         import numpy as np
 
-        rows = enumerate(self.base)
-        chosen = [scorer.get(i, self.paths[i].schedule if i in self.paths else base, self.dtype, how) for i, base in rows]
+        chosen = [scorer.get(i, self._schedule(i), self.dtype, how) for i in range(len(self.base))]
         return np.where(np.isneginf(found := np.concatenate(chosen)), np.nan, found)
 
     def _set_floor(self, scorer: Scorer) -> None:
