@@ -45,6 +45,9 @@ bench: setup
 	$(RUN) benchmarks/start_cost.py
 	$(RUN) benchmarks/throughput.py
 	$(RUN) benchmarks/lm_head.py
+	$(RUN) benchmarks/weight_update.py
+	$(RUN) benchmarks/weight_transports.py
+	$(RUN) benchmarks/prefix_caching.py
 
 # What did a release move? VERSION=<version|wheel|folder>; WRITE=1 keeps it; DIFF=<version> prints the changed bodies.
 sources: setup

@@ -38,8 +38,8 @@ def test_layers():
         if name.startswith("patching/"):
             assert all(i.startswith(("vllm_compat.errors", "vllm_compat.patching")) for i in ours), name
         if name.startswith("behaviors/"):
-            # what a behavior computes is shared with the trainer's side: its two formulas, and nothing else of ours
-            shared = ("vllm_compat.v0_formula", "vllm_compat.head")
+            # what a behavior computes is shared with the trainer's side, its two formulas; and the number of the weights it uses
+            shared = ("vllm_compat.v0_formula", "vllm_compat.head", "vllm_compat.weights.version")
             assert all(i.startswith(("vllm_compat.patching", "vllm_compat.behaviors", *shared)) for i in ours), name
         if name == "resolve.py":
             assert all(i.startswith(("vllm_compat.patching.model", "vllm_compat.plan")) for i in ours)

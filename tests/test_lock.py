@@ -191,7 +191,8 @@ def test_a_route_that_changed():
     old, new = (lockfile.build(plan(version), "0") for version in ("0.25.0", "0.32.0"))
     (sentence,) = [found for found in differences(old, new) if found.startswith("fp32_lm_head")]
     assert sentence == (
-        "fp32_lm_head (logits in float32): patch -> native + patch; patches: float32_product -> apply_head, contiguous_logits; "
+        "fp32_lm_head (logits in float32): patch -> native + patch; patches: float32_product, adapter_rows -> apply_head, "
+        "contiguous_logits, adapter_rows; "
         "options: none -> hf_overrides={'head_dtype': 'float32'}; "
         "the check of fp32_lm_head must hold in every worker before the first token"
     )

@@ -278,9 +278,9 @@ def meet(patch):
     owner = getattr(module, patch.target.qualname.split(".")[0]) if "." in patch.target.qualname else module
     before = dict(vars(owner))
     entry = replace.install(module, patch, root)
-    signature = inspect.signature(getattr(owner, entry.attribute))
     raw = inspect.getattr_static(owner, entry.attribute)
-    assert isinstance(raw, (types.FunctionType, classmethod)), type(raw)
+    assert isinstance(raw, (types.FunctionType, classmethod, property) if patch.adds else (types.FunctionType, classmethod)), raw
+    signature = None if isinstance(raw, property) else inspect.signature(getattr(owner, entry.attribute))
     try:
         replace.install(module, patch, root)
     except PatchConflictError:

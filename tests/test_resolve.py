@@ -102,7 +102,7 @@ def test_no_hole_and_no_overlap(release):
         found = plan(version=version, runner=runner, profile_name=profile, profile=held.behaviors)
         for behavior, decision in zip(ALL, found.decisions, strict=True):
             where = f"{behavior.name} on {release}, {runner}"
-            matching = routes(behavior, version, runner)
+            matching = routes(behavior, version, runner, decision.mode)
             assert matching, f"{where}: no route"
             settled = [route for route in matching if isinstance(route, (Unsupported, NotNeeded))]
             assert len(settled) < 2, where
@@ -140,8 +140,11 @@ EPOCHS = [
     ("0.23.0", "seeded_sampling", ["use_fp64_gumbel"], ["native_rows", "undrawn_prefill", "unrewound_prefill"]),
     ("0.33.0", "seeded_sampling", ["use_fp64_gumbel"], ["native_rows", "undrawn_prefill", "unrewound_prefill"]),
     ("0.8.5", "fp32_lm_head", [], ["float32_product"]),
-    ("0.25.1", "fp32_lm_head", [], ["float32_product"]),
-    ("0.26.0", "fp32_lm_head", ["hf_overrides.head_dtype"], ["apply_head", "contiguous_logits"]),
+    ("0.11.2", "fp32_lm_head", [], ["float32_product"]),
+    ("0.12.0", "fp32_lm_head", [], ["float32_product", "adapter_rows"]),
+    ("0.25.1", "fp32_lm_head", [], ["float32_product", "adapter_rows"]),
+    ("0.26.0", "fp32_lm_head", ["hf_overrides.head_dtype"], ["apply_head", "contiguous_logits", "adapter_rows"]),
+    ("0.32.0", "fp32_lm_head", ["hf_overrides.head_dtype"], ["apply_head", "contiguous_logits", "adapter_rows"]),
     ("0.33.0", "fp32_lm_head", ["hf_overrides.head_dtype"], ["apply_head", "contiguous_logits"]),
     ("0.16.0", "synchronized_weight_update", [], ["hold", "held_loop", "held_step"]),
     ("0.17.0", "synchronized_weight_update", ["weight_update"], []),
@@ -163,7 +166,7 @@ def test_the_routes_change_where_vllm_changed(release, behavior, options, patche
     assert options or patches or all(isinstance(route, NotNeeded) for route in found)
 
 
-HEAD = ["apply_head", "contiguous_logits"]
+HEAD = ["apply_head", "contiguous_logits", "adapter_rows"]
 MODES = [
     (True, "accumulate", HEAD),
     ("accumulate", "accumulate", HEAD),

@@ -53,8 +53,18 @@ def test_a_switch_takes_modes(monkeypatch, value, choice):
 
 
 def test_every_behavior_has_its_switch_and_nothing_else_does():
-    """The settings' fields are profile, strict, report_dir, lock and the behaviors, by name."""
-    assert set(settings.Settings.model_fields) == {"profile", "strict", "report_dir", "lock", *behaviors.BY_NAME}
+    """The settings' fields are those of the package and the behaviors, by name."""
+    assert set(settings.Settings.model_fields) == {
+        "profile",
+        "strict",
+        "report_dir",
+        "lock",
+        "unbracketed_updates",
+        "http_token_file",
+        "http_roots",
+        "http_transports",
+        *behaviors.BY_NAME,
+    }
     assert all(field.description for field in settings.Settings.model_fields.values())
 
 

@@ -10,8 +10,20 @@ from vllm_compat import bootstrap
 from vllm_compat.errors import VllmCompatError, VllmCompatWarning
 from vllm_compat.report import status
 from vllm_compat.version import __version__
-from vllm_compat.weights import weight_update
+from vllm_compat.weights import (
+    AsyncRayEngine,
+    FleetUpdateError,
+    RayEngine,
+    lag,
+    ray_runtime_env,
+    update_engines,
+    update_engines_async,
+    weight_update,
+)
 
-__all__ = ["VllmCompatError", "VllmCompatWarning", "__version__", "status", "weight_update"]
+__all__ = [
+    "AsyncRayEngine", "FleetUpdateError", "RayEngine", "VllmCompatError", "VllmCompatWarning", "__version__", "lag",
+    "ray_runtime_env", "status", "update_engines", "update_engines_async", "weight_update",
+]  # fmt: skip
 
 bootstrap.activate()

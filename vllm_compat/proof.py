@@ -157,12 +157,12 @@ def core_report(core: Any) -> str:
     return json.dumps(reports)
 
 
-def worker_report(worker: Any) -> str:
-    """JSON: one worker's report, self-test included."""
-    return json.dumps(_process_report(Role.WORKER, worker, plans.of(worker.vllm_config), worker.rank))
+def worker_report(worker: Any, updated: bool = False) -> str:
+    """JSON: one worker's report, self-test included. ``updated``: after a weight update, of which only some checks can tell."""
+    return json.dumps(_process_report(Role.WORKER, worker, plans.of(worker.vllm_config), worker.rank, updated))
 
 
-def _process_report(role: Role, subject: Any, plan: Plan | None, rank: int | None) -> dict[str, Any]:
+def _process_report(role: Role, subject: Any, plan: Plan | None, rank: int | None, updated: bool = False) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "role": role.value,
         "rank": rank,
@@ -182,16 +182,18 @@ def _process_report(role: Role, subject: Any, plan: Plan | None, rank: int | Non
         patches, checks = {}, {}
         for patch in behavior.patches():
             if patch.name in decision.patches and patch.role is role:
-                patches[patch.name] = _patch_state(bootstrap.process.patches.get(f"{behavior.name}/{patch.name}"))
+                entry = bootstrap.process.patches.get(f"{behavior.name}/{patch.name}")
+                if entry is not None or not patch.lazy:
+                    patches[patch.name] = _patch_state(entry)
         if decision.wanted:
             used = {key: e.exercised for key, e in bootstrap.process.patches.items() if isinstance(e, Entry)}
             for check in behavior.checks:
-                if check.role is role and (not check.modes or decision.mode in check.modes):
+                if check.role is role and (not check.modes or decision.mode in check.modes) and (check.of_weights or not updated):
                     checks[check.name] = _run(check, subject)
             for key, exercised in used.items():  # a self-test is not a request
-                entry = bootstrap.process.patches[key]
-                if isinstance(entry, Entry):
-                    entry.exercised = exercised
+                tested = bootstrap.process.patches[key]
+                if isinstance(tested, Entry):
+                    tested.exercised = exercised
         if patches or checks:
             facts["behaviors"][behavior.name] = {"patches": patches, "checks": checks}
     return facts

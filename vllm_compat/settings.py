@@ -36,12 +36,31 @@ class Settings(BaseSettings):
         default=None,
         description="the lock that every engine must meet (default: vllm-compat.lock in the working directory, if there is one)",
     )
+    unbracketed_updates: Literal["bracket", "refuse", "allow"] = Field(
+        default="bracket",
+        description="calls that change weights outside a weight_update block: bracket, refuse or allow them",
+    )
+    http_token_file: str | None = Field(
+        default=None,
+        description="a file with the bearer token of the weight endpoints of vllm serve; unset: there are none",
+    )
+    http_roots: str | None = Field(
+        default=None,
+        description="folders below which checkpoints must lie that are named over HTTP, separated as in PATH",
+    )
+    http_transports: str = Field(
+        default="files",
+        description="weight transports that may be named over HTTP, comma-separated: files, shared_memory, process_group",
+    )
     model_runner_v1: bool | None = Field(default=None, description="pin Model Runner V1")
     processed_logprobs: bool | None = Field(
         default=None, description="logprobs of the distribution sampled from, prompt rows included, in V0's order of filters"
     )
     seeded_sampling: bool | None = Field(default=None, description="V0's noise for requests with a seed")
-    no_prefix_caching: bool | None = Field(default=None, description="no KV blocks shared between requests")
+    # v0, as 1: off; per_version: blocks are found by requests of the weight version that wrote them; v1, as 0: vLLM's own
+    no_prefix_caching: bool | Literal["v0", "per_version", "v1"] | None = Field(
+        default=None, description="no KV blocks shared between requests"
+    )
     no_async_scheduling: bool | None = Field(default=None, description="no step scheduled ahead")
     # accumulate, as 1: from weights in the model's dtype; weights: from float32 weights that the trainer sends; model, as 0: off
     fp32_lm_head: bool | Literal["accumulate", "weights", "model"] | None = Field(default=None, description="logits in float32")

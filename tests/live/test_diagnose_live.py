@@ -226,7 +226,7 @@ def test_stale_prefix_cache(rolled, diagnosed, versions) -> None:
 
 def test_weights(rolled, diagnosed, versions) -> None:
     """Weights that are not what the rows say: older by one update and by two, changed inside requests, and torn."""
-    found = rolled(UPDATES, *versions)
+    found = rolled(UPDATES, *versions, VLLM_COMPAT_UNBRACKETED_UPDATES="allow")
     assert diagnosed(found["whole"], versions, 0, rollout_version=0)["healthy"]
     lag = diagnosed(found["whole"], versions, 2, rollout_version=0)
     assert lag["healthy"]

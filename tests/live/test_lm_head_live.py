@@ -269,3 +269,82 @@ def test_tensor_parallel(run, made) -> None:
     assert len(found["saw"]) == 2
     assert all("2 ranks" in saw for saw in found["saw"])
     assert "with the checksums that they sent" in found["saw"][0]
+
+
+def test_speculative_decoding(run, made) -> None:
+    """The target's head under n-gram drafts: as without them. Its sampler is refused by name, so it is given up here."""
+    speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    found, logits, hidden = run(
+        "untied",
+        [["in_place", "scale_in_place", ["lm_head.weight", 0.5]]],
+        environment={"VLLM_COMPAT_PROCESSED_LOGPROBS": "0", "VLLM_COMPAT_SEEDED_SAMPLING": "0"},
+        speculative_config=speculative,
+    )
+    assert found["proven"]
+    for name, factor in (("start", 1.0), ("in_place", 0.5)):
+        assert off(logits[name], factor * expected(made("untied"), "untied", hidden)) < EXACT
+
+
+LORA = """
+import json, sys
+import vllm_compat
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+if __name__ == "__main__":
+    model, adapter, dtype = sys.argv[1:]
+    llm = LLM(model=model, dtype=dtype, enforce_eager=True, gpu_memory_utilization=0.3, max_model_len=128, enable_lora=True,
+              max_lora_rank=8, max_loras=1)  # one slot: "no adapter" is its number, too
+    params = SamplingParams(max_tokens=12, logprobs=1, temperature=1.0, ignore_eos=True)
+    requests = [LoRARequest("adapter", 1, adapter), None]
+    outs = llm.generate([{"prompt_token_ids": [1, 5, 9, 200]}] * 2, params, lora_request=requests, use_tqdm=False)
+    status = vllm_compat.status(llm).to_dict()
+    print("RESULT " + json.dumps({
+        "proven": status["proven"], "saw": [row["saw"] for row in status["behaviors"]["fp32_lm_head"]["evidence"]],
+        "rows": [[list(o.outputs[0].token_ids),
+                  [row[token].logprob for row, token in zip(o.outputs[0].logprobs, o.outputs[0].token_ids)]] for o in outs]}))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_on_trunk_and_head(run_engine, tmp_path, dtype) -> None:
+    """An adapter on attention and lm_head: with and without it in one batch, each is what a merged float32 model gives; in
+    bfloat16 within its trunk's rounding, and the worker proves the head under LoRA."""
+    import transformers
+
+    rank, alpha, folder = 4, 8, tmp_path / "model"
+    with mock.patch.object(make_model, "VOCAB", VOCAB):
+        make_model.make(folder)
+    random, adapter = torch.Generator().manual_seed(11), tmp_path / "adapter"
+    adapter.mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    merged, given = {name: value.float() for name, value in tensors.items()}, {}
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "lm_head"):
+        rows, columns = tensors[f"{name}.weight"].shape
+        down = (torch.randn(rank, columns, generator=random) * columns**-0.5).bfloat16()
+        up = (torch.randn(rows, rank, generator=random) * 0.3).bfloat16()
+        given[f"base_model.model.{name}.lora_A.weight"], given[f"base_model.model.{name}.lora_B.weight"] = down, up
+        merged[f"{name}.weight"] += alpha / rank * up.float() @ down.float()
+    save_file(given, adapter / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj", "v_proj", "lm_head"], "bias": "none",
+        "base_model_name_or_path": str(folder), "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    found = run_engine(LORA, str(folder), str(adapter), dtype).ok().result
+    assert found["proven"]
+    assert "rows without an adapter untouched" in found["saw"][0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    gaps = {}
+    for with_adapter, (tokens, logprobs) in zip((True, False), found["rows"], strict=True):
+        for weights, name in ((merged, "merged"), ({k: v.float() for k, v in tensors.items()}, "plain")):
+            model.load_state_dict(weights, strict=False)
+            with torch.no_grad():
+                logits = model(torch.tensor([[1, 5, 9, 200, *tokens]])).logits[0, 3:-1]
+            right = logits.double().log_softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+            gaps[with_adapter, name] = float((right - torch.tensor(logprobs)).abs().max())
+    limit = 1e-4 if dtype == "float32" else 0.2
+    assert gaps[True, "merged"] < limit
+    assert gaps[False, "plain"] < limit
+    assert gaps[True, "plain"] > 10 * limit or gaps[True, "plain"] > 1
+    assert gaps[False, "merged"] > 10 * limit or gaps[False, "merged"] > 1

@@ -172,7 +172,7 @@ if __name__ == "__main__":
     while engine.has_unfinished_requests():
         step()
     found = {
-        name: {"prompt": list(out.prompt_token_ids), "tokens": list(out.outputs[0].token_ids),
+        name: {"prompt": list(out.prompt_token_ids), "tokens": list(out.outputs[0].token_ids), "versions": out.outputs[0].token_weight_versions,
                "logprobs": [row[token].logprob for row, token in zip(out.outputs[0].logprobs, out.outputs[0].token_ids)]}
         for name, out in got.items()
     }
@@ -208,7 +208,7 @@ async def main(old, new):
     await asyncio.gather(*running)
     status = await vllm_compat.status(engine)
     found = {
-        name: {"prompt": list(out.prompt_token_ids), "tokens": list(out.outputs[0].token_ids),
+        name: {"prompt": list(out.prompt_token_ids), "tokens": list(out.outputs[0].token_ids), "versions": out.outputs[0].token_weight_versions,
                "logprobs": [row[token].logprob for row, token in zip(out.outputs[0].logprobs, out.outputs[0].token_ids)]}
         for name, out in got.items()
     }
@@ -240,6 +240,7 @@ def _worst_held(old, new, found) -> float:
         assert len(request["tokens"]) == 300
         at, gap = _best(old, new, request)
         assert 20 <= at < 300
+        assert request["versions"] == [0] * at + [1] * (300 - at)
         worst.append(gap)
         for wrong in (at - 1, at + 1):
             assert max(_gaps(old, new, request, wrong)) > 1e-3
@@ -265,7 +266,8 @@ def test_weight_update(run_engine, model, engine, results, new_norms) -> None:
     if engine.dtype != "float32":
         results["weight_update"] = "not measured: this release runs no float32"
         return
-    found = run_engine(UPDATE, str(model), str(new_norms)).ok().result
+    allowed = {"VLLM_COMPAT_UNBRACKETED_UPDATES": "allow"}  # or the calls without the hook would be bracketed
+    found = run_engine(UPDATE, str(model), str(new_norms), environment=allowed).ok().result
     worst = _worst_held(model, new_norms, found)
     torn = max(_best(new_norms, model, found[f"torn{i}"])[1] for i in range(4))
     results["weight_update"] = {"requests": 4, "worst": worst, "without_the_hook": float(f"{torn:.2g}")}

@@ -68,7 +68,8 @@ name = client.models.list().data[0].id
 found = client.completions.create(model=name, prompt=json.loads(sys.argv[2]), max_tokens=1, temperature=0.7, top_p=0.9, logprobs=5,
     extra_body={"return_tokens_as_token_ids": True})
 chat = client.chat.completions.create(model=name, messages=[{"role": "user", "content": "hi"}], max_tokens=3, logprobs=True, top_logprobs=2)
-print("RESULT " + json.dumps({"top": found.choices[0].logprobs.top_logprobs[0], "chat": len(chat.choices[0].logprobs.content)}))
+print("RESULT " + json.dumps({"top": found.choices[0].logprobs.top_logprobs[0], "chat": len(chat.choices[0].logprobs.content),
+    "versions": [answer.choices[0].model_extra["token_weight_versions"] for answer in (found, chat)]}))
 """
 
 
@@ -124,6 +125,7 @@ def test_vllm_serve_with_the_environment_alone(run_python, model, reference, tmp
         for token, logprob in ours.items():
             assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
         assert found["chat"] == 3
+        assert found["versions"] == [[0], [0, 0, 0]]
         doctor = [str(Path(sys.executable).parent / "vllm-compat"), "doctor", "--json"]
         seen = subprocess.run(doctor, env=clean_environment(**variables), capture_output=True, text=True, check=False)
         assert seen.returncode == 0, seen.stdout + seen.stderr

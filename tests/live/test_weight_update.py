@@ -84,14 +84,21 @@ if __name__ == "__main__":
 
     while len(got) < 4 or min(len(o.outputs[0].token_ids) for o in got.values()) < 20:
         step()
-    try:
-        with vllm_compat.weight_update(llm):
-            raise RuntimeError("the trainer's transport broke")
-    except RuntimeError as error:
-        refused["notes"] = error.__notes__
+    for changes in (False, True):
+        try:
+            with vllm_compat.weight_update(llm):
+                if changes:
+                    llm.collective_rpc("reload_weights", kwargs={"weights_path": new})
+                raise RuntimeError("the trainer's transport broke")
+        except RuntimeError as error:
+            refused["changed" if changes else "unchanged"] = error.__notes__
+        try:
+            step()
+        except vllm_compat.VllmCompatError as error:
+            refused["step"] = [changes, str(error)]
     real = engine.engine_core.call_utility
     def broken(method, *args):
-        if method == "pause_scheduler":
+        if args[0] == "begin":
             raise KeyboardInterrupt
         return real(method, *args)
     engine.engine_core.call_utility = broken
@@ -108,7 +115,8 @@ if __name__ == "__main__":
         step()
     requests = {
         name: {"prompt": out.prompt_token_ids, "tokens": list(out.outputs[0].token_ids),
-               "logprobs": [row[token].logprob for row, token in zip(out.outputs[0].logprobs, out.outputs[0].token_ids)]}
+               "logprobs": [row[token].logprob for row, token in zip(out.outputs[0].logprobs, out.outputs[0].token_ids)],
+               "versions": out.outputs[0].token_weight_versions, "kv": out.outputs[0].kv_weight_versions[-1]}
         for name, out in got.items()
     }
     print("RESULT " + json.dumps({"refused": refused, "requests": requests}))
@@ -143,11 +151,15 @@ def test_async_llm(run_python, model, new_weights) -> None:
 
 
 def test_llm(run_python, model, new_weights) -> None:
-    """`LLM`: the change falls between two tokens of each request; a broken update leaves the engine paused and says so,
-    also when the next one is interrupted on its way in."""
+    """`LLM`: the change falls between two tokens of each request, and each token carries its version. A block that breaks goes on
+    with the old weights where they are all there; else the engine stays paused, steps say why, also when the next update is
+    interrupted on its way in, and a complete one brings it back."""
     found = run_python(SYNC, str(model), str(new_weights)).ok().result
     assert found["refused"]["paused"]
-    assert "stays paused" in found["refused"]["notes"][0]
+    assert "goes on with them" in found["refused"]["unchanged"][0]
+    assert "stays paused" in found["refused"]["changed"][0]
+    assert found["refused"]["step"][0] is True
+    assert "RuntimeError: the trainer's transport broke" in found["refused"]["step"][1]
     for request in found["requests"].values():
         assert len(request["tokens"]) == 400
         old = expected_logprobs(model, model, request["prompt"], request["tokens"], 0)
@@ -157,3 +169,5 @@ def test_llm(run_python, model, new_weights) -> None:
         assert _worst(model, new_weights, request, at) < 1e-4
         assert _worst(model, new_weights, request, at + 1) > 1e-3
         assert _worst(model, new_weights, request, at - 1) > 1e-3
+        assert request["versions"] == [0] * at + [1] * (400 - at)
+        assert request["kv"] == [0, 1]

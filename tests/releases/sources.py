@@ -75,7 +75,8 @@ def read(package: Path) -> Facts:
 def _overrides(package: Path, paths: set[str]) -> dict[str, list[str]]:
     """Subclasses with a method of the same name: a patch of the base does not reach them."""
     # every subclass has an __init__ of its own, and calls the one we replace
-    wanted = [(path, *path.partition(":")[2].split(".")) for path in sorted(paths) if not path.endswith("__init__")]
+    methods_of = [path for path in sorted(paths) if "." in path.partition(":")[2] and not path.endswith("__init__")]
+    wanted = [(path, *path.partition(":")[2].split(".")) for path in methods_of]
     owners = {owner for _, owner, _ in wanted}
     found: dict[str, list[str]] = {}
     for file in package.rglob("*.py"):

@@ -33,6 +33,7 @@ _PLAIN = ("UnquantizedEmbeddingMethod", "UnquantizedLinearMethod")
 _PROBE_ROWS, _PROBE_COLUMNS = 4, 1024
 # Of the largest logit. Float32 sums are good to about 1e-6; TF32 or float16 sums, a bfloat16 head, or a stale weight are not.
 _EXACT = 2e-5
+_WITHOUT_LORA = "turn LoRA off, or keep the model's own head on both sides (VLLM_COMPAT_FP32_LM_HEAD=model)"
 _PROCESSOR = "vllm.model_executor.layers.logits_processor:LogitsProcessor"
 
 
@@ -129,6 +130,17 @@ def _build_contiguous(original: Any, module: Any) -> Any:
         return None if logits is None else logits.contiguous()
 
     return forward
+
+
+def _build_adapter_rows(original: Any, module: Any) -> Any:
+    def bgmv_shrink(
+        inputs: Any, lora_b_weights: Any, output_tensor: Any, lora_indices_tensor: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Slot -1 is a row without an adapter; as an index it is the last slot. What is 0 here stays 0 in what follows.
+        without = (lora_indices_tensor < 0).unsqueeze(-1)
+        return original(inputs.masked_fill(without, 0), lora_b_weights, output_tensor, lora_indices_tensor, *args, **kwargs)
+
+    return bgmv_shrink
 
 
 # --- the weight in float32 ----------------------------------------------------------------------------------------------
@@ -294,11 +306,6 @@ def _worker(worker: Any) -> str:
 
     if not _generates(worker):
         return "this process has no head"
-    if worker.lora_config is not None:
-        raise CheckFailed(
-            "LoRA wraps the head, and that was not proven: turn LoRA off, or keep the model's own head on both sides "
-            "(VLLM_COMPAT_FP32_LM_HEAD=model)"
-        )
     found = _head(worker)
     if found is None:
         raise CheckFailed(
@@ -342,8 +349,46 @@ def _worker(worker: Any) -> str:
     how, _ = arithmetic.way(seen["hidden"], weight, _batch_invariant())
     return (
         f"float32 logits, within {worst / max(size, 1e-30):.1g} of the live {weight.dtype} weight's product, by {how}; "
-        f"{_memory(weight, dtype)}{ranks}"
+        f"{_memory(weight, dtype)}{ranks}{_adapters(worker, hidden=seen['hidden'])}"
     )
+
+
+def _adapters(worker: Any, hidden: Any) -> str:
+    """What LoRA's own kernels do to float32 logits: rows with an adapter get its product, rows without one nothing.
+
+    The adapter is random and in no slot of the model. Kernels for GPUs round the small product to the adapter's dtype, as a
+    trainer with adapters in that dtype does; the sum with the logits is float32's.
+    """
+    import torch
+
+    if worker.lora_config is None:
+        return ""
+    try:
+        from vllm.lora.layers import LoRAMapping
+    except ImportError as error:
+        raise CheckFailed(f"LoRA's kernels are not where they were ({error}): {_WITHOUT_LORA}") from None
+    model, config = worker.model_runner.get_model(), worker.lora_config
+    wrapper = next((found for module in model.modules() if (found := vars(module).get("punica_wrapper")) is not None), None)
+    if wrapper is None or "extra_vocab_size" in inspect.signature(wrapper.update_metadata).parameters:
+        raise CheckFailed(f"LoRA on this vLLM was not proven: {_WITHOUT_LORA}")
+    random, rank, columns = torch.Generator().manual_seed(1), config.max_lora_rank, 64
+    shape = ((config.max_loras, 1, rank, hidden.shape[1]), (config.max_loras, 1, columns, rank))
+    down, up = ((torch.randn(size, generator=random) * size[-1] ** -0.5).to(hidden.device, config.lora_dtype) for size in shape)
+    slots = tuple(row % 2 for row in range(len(hidden)))  # adapter 1, in the last slot, for every other row
+    wrapper.update_metadata(
+        LoRAMapping(slots, slots, is_prefill=True), [None] * (config.max_loras - 1) + [1], config.max_loras, columns
+    )
+    logits = torch.zeros(len(hidden), columns, device=hidden.device)
+    with torch.inference_mode():
+        wrapper.add_lora_logits(logits, hidden, down, up, 1.0)
+    expected = hidden.double() @ down[-1, 0].double().t() @ up[-1, 0].double().t()
+    expected[::2] = 0
+    worst, size = float((logits.double() - expected).abs().max()), float(expected.abs().max())
+    if float(logits[::2].abs().max()) > 0:
+        raise CheckFailed(f"LoRA's kernels give rows without an adapter the one in the last slot: {_WITHOUT_LORA}")
+    if not worst <= 2.0**-7 * size:
+        raise CheckFailed(f"LoRA's part of the logits differs from its product by {worst:.2g} of {size:.2g}: {_WITHOUT_LORA}")
+    return f"; LoRA's part within {worst / size:.1g}, rows without an adapter untouched"
 
 
 def _memory(weight: Any, dtype: Any) -> str:
@@ -417,6 +462,20 @@ BEHAVIOR = Behavior(
             remove_when="vLLM's logits are contiguous",
         ),
         Patch(
+            name="adapter_rows",
+            versions=">=0.12.0,<0.33.0",
+            runners=("v1", "v2"),
+            role=Role.WORKER,
+            target=Target(
+                path="vllm.lora.ops.torch_ops.lora_ops:bgmv_shrink",
+                params=("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor"),
+            ),
+            build=_build_adapter_rows,
+            lazy=True,
+            upstream="on a CPU a request without an adapter beside one that has one gets the adapter of the last slot",
+            remove_when="the floor is vLLM 0.33.0, which leaves such rows alone",
+        ),
+        Patch(
             name="float32_weight",
             versions=">=0.8.5",
             runners=("v1", "v2"),
@@ -444,7 +503,7 @@ BEHAVIOR = Behavior(
         ),
     ),
     checks=(
-        Check(name="head", role=Role.WORKER, run=_worker),
-        Check(name="float32_weight", role=Role.WORKER, run=_weights, modes=("weights",)),
+        Check(name="head", role=Role.WORKER, run=_worker, of_weights=True),
+        Check(name="float32_weight", role=Role.WORKER, run=_weights, modes=("weights",), of_weights=True),
     ),
 )

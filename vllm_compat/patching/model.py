@@ -92,7 +92,8 @@ class Native(Route):
 class Patch(Route):
     """A replacement for one function. ``build(original, module)`` returns a plain function.
 
-    ``adds`` marks a new attribute: nothing may be there yet. ``upstream`` and ``remove_when`` say why the
+    ``adds`` marks a new attribute: nothing may be there yet. ``lazy``: vLLM imports the module only where it is used, so a
+    process without it lacks nothing. ``upstream`` and ``remove_when`` say why the
     patch exists and when it goes.
     """
 
@@ -101,6 +102,7 @@ class Patch(Route):
     target: Target
     build: Callable[[Any, Any], Callable[..., Any]]
     adds: bool = False
+    lazy: bool = False
     upstream: str = ""
     remove_when: str = ""
 
@@ -124,13 +126,14 @@ class Check:
     """A question put to a running process of the engine.
 
     ``run(subject)`` gets the live ``EngineCore`` or ``Worker`` and returns a sentence about what it saw, or raises
-    ``CheckFailed``. ``modes`` as of a route.
+    ``CheckFailed``. ``modes`` as of a route. ``of_weights``: asked again at the end of every weight update.
     """
 
     name: str
     role: Role
     run: Callable[[Any], str]
     modes: tuple[str, ...] = ()
+    of_weights: bool = False
 
 
 class CheckFailed(Exception):

@@ -1,0 +1,118 @@
+"""Calls that change weights outside a block: bracketed as one update, or refused; what they did is recognised by checksums."""
+
+from __future__ import annotations
+
+from make_model import make
+from replay import expected_logprobs
+
+GUARDED = """
+import asyncio, json, sys
+import vllm_compat
+from vllm_compat.weights import guard, update as updates
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+async def main(old, new):
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=old, dtype="float32", enforce_eager=True, gpu_memory_utilization=0.3,
+        max_model_len=512, worker_extension_cls="halves.HalfLoader"))
+    outs, said = {}, {}
+
+    async def ask(name):
+        params = SamplingParams(temperature=1.0, max_tokens=300, ignore_eos=True, logprobs=0)
+        async for out in engine.generate({"prompt_token_ids": [7, 20 + int(name), 33]}, params, name):
+            outs[name] = out
+
+    def refused(name, results):
+        said[name] = [f"{type(r).__name__}: {r} {r.__cause__}" for r in results if isinstance(r, Exception)]
+
+    running = [asyncio.create_task(ask(str(i))) for i in range(4)]
+    while len(outs) < 4 or min(len(out.outputs[0].token_ids) for out in outs.values()) < 20:
+        await asyncio.sleep(0.01)
+    await engine.collective_rpc("check_health")
+    said["harmless"] = [updates.version_of(engine), len(guard._open)]
+    refused("named", await asyncio.gather(*([engine.collective_rpc("reload_weights", kwargs={"weights_path": new})]
+                                            if sys.argv[3] == "refuse" else []), return_exceptions=True))
+    for half in (0, 1):  # one update in two calls, as transports send it
+        refused(f"half {half}", await asyncio.gather(engine.collective_rpc("load_half", args=(new, half)), return_exceptions=True))
+        await asyncio.sleep(0.2)
+        if said[f"half {half}"]:
+            break
+    results = await asyncio.gather(*running, return_exceptions=True)
+    refused("waiting", results)
+    said["version"] = updates.version_of(engine)
+    if sys.argv[3] == "bracket":
+        await engine.collective_rpc("load_half", args=(old, 0))  # half an update, and then nothing
+        await asyncio.sleep(2 * guard.SETTLE)
+        await ask("5")
+        said["after"] = [updates.version_of(engine), sorted(set(outs["5"].outputs[0].token_weight_versions))]
+        found = await vllm_compat.status(engine)
+        said["proven"] = found.proven
+    requests = {
+        name: {"prompt": out.prompt_token_ids, "tokens": list(out.outputs[0].token_ids), "versions": out.outputs[0].token_weight_versions,
+               "logprobs": [row[token].logprob for row, token in zip(out.outputs[0].logprobs, out.outputs[0].token_ids)]}
+        for name, out in outs.items()
+    }
+    print("RESULT " + json.dumps({"said": said, "requests": requests, "lag": vllm_compat.lag(list(outs.values()), 2)}))
+    engine.shutdown()
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:3]))
+"""
+
+
+def norms_of(folder, model, other):
+    """The model with the norms of another one: what `halves.HalfLoader` makes of it in two calls."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    old, new = (load_file(one / "model.safetensors") for one in (model, other))
+    norms = {name: new[name] * 1.5 for name in old if "norm" in name}
+    save_file({**old, **norms}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_two_calls_are_one_update(run_python, model, tmp_path, monkeypatch) -> None:
+    """The engine rests from the first call to the last: every token is exact, and carries its version; half an update is named."""
+    from pathlib import Path
+
+    new = norms_of(tmp_path / "new", model, make(tmp_path / "other", seed=1))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    ran = run_python(GUARDED, str(model), str(new), "bracket").ok()
+    said, requests = ran.result["said"], ran.result["requests"]
+    assert said["harmless"] == [0, 0]
+    assert said["named"] == said["half 0"] == said["half 1"] == said["waiting"] == []
+    assert said["version"] == 1
+    for name in map(str, range(4)):
+        request = requests[name]
+        at = request["versions"].index(1)
+        assert request["versions"] == [0] * at + [1] * (300 - at)
+
+        def worst(at, request=request):
+            expected = expected_logprobs(model, new, request["prompt"], request["tokens"], at)
+            return max(abs(a - b) for a, b in zip(expected, request["logprobs"], strict=True))
+
+        assert worst(at) < 1e-4, name
+        assert worst(at + 1) > 1e-3, name
+        assert worst(at - 1) > 1e-3, name
+    assert said["after"] == [2, [2]]
+    assert said["proven"]
+    assert "were not changed by this one, so it may be incomplete" in ran.text
+    assert ran.result["lag"][0] == [2 - version for version in requests["0"]["versions"]]
+
+
+def test_refused(run_python, model, tmp_path, monkeypatch) -> None:
+    """By its name before anything changed; by what it did afterwards, with the engine at rest and everybody told."""
+    from pathlib import Path
+
+    new = norms_of(tmp_path / "new", model, make(tmp_path / "other", seed=1))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    environment = {"VLLM_COMPAT_UNBRACKETED_UPDATES": "refuse"}
+    said = run_python(GUARDED, str(model), str(new), "refuse", environment=environment).ok().result["said"]
+    assert "reload_weights changes weights outside a weight update" in said["named"][0]
+    assert "load_half changed" in said["half 0"][0]
+    assert len(said["waiting"]) == 4
+    assert all("load_half changed" in text for text in said["waiting"])
+    assert said["version"] == 0

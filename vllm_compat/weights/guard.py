@@ -1,0 +1,204 @@
+"""
+Calls that change weights outside a `weight_update` block, and without a change to the caller's code.
+
+Every ``collective_rpc`` of an engine (its own ``update_weights``, ``reload_weights``, ``start_weight_update`` and so on are such
+calls) is recognised by what it does: the workers compare checksums of their weights. ``VLLM_COMPAT_UNBRACKETED_UPDATES``:
+
+- ``bracket`` (default): the engine comes to rest before the call. Where it changed weights, the engine stays at rest, so that
+  further calls belong to the same update (one parameter a call is a common transport), and goes on, with a new version, once
+  none came for `SETTLE` seconds; a synchronous engine, at its next step. What earlier updates had changed and this one did not
+  is logged: part of it may be missing.
+- ``refuse``: WeightUpdateError, before the call where its name says what it does, else after it, with the engine left at rest.
+- ``allow``: as vLLM does it.
+
+Weights that code in the engine's own process changes without a call (``model.load_weights``) are not seen. A call costs one pass
+over the weights; calls of vllm_compat, and those that are known to change nothing, cost none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from vllm_compat import bootstrap
+from vllm_compat.errors import WeightUpdateError
+from vllm_compat.patching.model import State
+from vllm_compat.plan import of
+from vllm_compat.weights import update as updates
+
+SETTLE = 0.5  # seconds without a further call after which an update of an AsyncLLM is taken to be complete
+CHANGES = ("update_weights", "reload_weights", "load_weights", "start_weight_update", "finish_weight_update")
+_HARMLESS = (
+    "check_health",
+    "profile",
+    "get_model",
+    "determine_available_memory",
+    "get_kv_cache_spec",
+    "sleep",
+    "wake_up",
+    "list_loras",
+    "add_lora",
+)
+_log = logging.getLogger("vllm.vllm_compat")
+_open: weakref.WeakKeyDictionary[Any, _Series] = weakref.WeakKeyDictionary()
+_last: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()  # what the last such update changed
+
+
+class _Series:
+    """Calls that belong to one update, and the block around them."""
+
+    def __init__(self, engine: Any) -> None:
+        self.block = updates.weight_update(engine)
+        self.changed: set[str] = set()
+        self.lock = asyncio.Lock()
+        self.timer: asyncio.TimerHandle | None = None
+        self.running = 0
+
+
+def _mode(engine: Any, method: Any) -> str:
+    """What is to be done about this call: nothing ("allow") for those that are ours, harmless, or inside a block."""
+    name = method if isinstance(method, str) else getattr(method, "__name__", "")
+    plan = of(engine.vllm_config) if hasattr(engine, "vllm_config") else None
+    if plan is None or name.startswith("vllm_compat") or name in _HARMLESS:
+        return "allow"
+    decision = plan["synchronized_weight_update"]
+    if not (decision.wanted or decision.state is State.NOT_NEEDED):
+        return "allow"
+    if engine in updates._updating and engine not in _open:
+        return "allow"  # the user's own block
+    mode = bootstrap.process.settings.unbracketed_updates if bootstrap.process.settings else "allow"
+    if mode == "refuse" and name in CHANGES:
+        raise WeightUpdateError(
+            f"{name} changes weights outside a weight update, and VLLM_COMPAT_UNBRACKETED_UPDATES=refuse: write `with "
+            f"vllm_compat.weight_update(engine):` around it"
+        )
+    return mode
+
+
+def call(engine: Any, method: Any, run: Callable[[], Any]) -> Any:
+    """A synchronous engine's ``collective_rpc``."""
+    mode = _mode(engine, method)
+    if mode == "allow":
+        return run()
+    series = _open.get(engine)
+    if series is None:
+        series = _Series(engine)
+        series.block._drive(series.block._enter())
+        _open[engine] = series
+    try:
+        found = run()
+    except BaseException as error:
+        _open.pop(engine, None)
+        series.block._drive(series.block._exit(error))
+        raise
+    series.block._drive(_look(series))
+    if not series.changed:
+        _open.pop(engine, None)
+        series.block._drive(_untouched(series.block))
+    elif mode == "refuse":
+        _open.pop(engine, None)
+        raise _refused(series, method)
+    return found
+
+
+def settle(engine: Any) -> None:
+    """A synchronous engine is about to step: the calls before it were one update."""
+    series = _open.get(engine)
+    if series is not None and not series.block._async:
+        _open.pop(engine, None)
+        _tell(engine, series)
+        series.block._drive(series.block._exit(None))
+
+
+async def call_async(engine: Any, method: Any, run: Callable[[], Any]) -> Any:
+    """An `AsyncLLM`'s ``collective_rpc``."""
+    mode = _mode(engine, method)
+    if mode == "allow":
+        return await run()
+    from vllm_compat.proof import prove_async
+
+    await prove_async(engine)
+    series = _open.get(engine)
+    if series is None:
+        series = _open[engine] = _Series(engine)
+    async with series.lock:
+        if engine not in updates._updating:
+            try:
+                await series.block._drive_async(series.block._enter())
+            except BaseException:
+                _open.pop(engine, None)
+                raise
+        if series.timer is not None:
+            series.timer.cancel()
+        try:
+            found = await run()
+        except BaseException as error:
+            _open.pop(engine, None)
+            await series.block._drive_async(series.block._exit(error))
+            raise
+        await series.block._drive_async(_look(series))
+        if not series.changed:
+            _open.pop(engine, None)
+            await series.block._drive_async(_untouched(series.block))
+        elif mode == "refuse":
+            _open.pop(engine, None)
+            raise _refused(series, method)
+        else:
+            loop = asyncio.get_running_loop()
+            series.timer = loop.call_later(SETTLE, lambda: _keep(loop.create_task(_settle_async(engine, series))))
+    return found
+
+
+_tasks: set[Any] = set()
+
+
+def _keep(task: Any) -> None:
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+
+
+async def _settle_async(engine: Any, series: _Series) -> None:
+    async with series.lock:
+        if _open.get(engine) is not series:
+            return
+        _open.pop(engine, None)
+        _tell(engine, series)
+        try:
+            await series.block._drive_async(series.block._exit(None))
+        except WeightUpdateError as error:
+            _log.error("vllm_compat: %s", error)  # nobody waits for this task; whoever waits for a token has been told
+
+
+def _look(series: _Series) -> updates.Steps:
+    answers = yield "workers", "changes", {}
+    for answer in answers:
+        series.changed |= set(answer.get("changed", ()))
+
+
+def _untouched(block: updates.weight_update) -> updates.Steps:
+    """Nothing changed: as if the call had not been bracketed."""
+    updates._updating.discard(block.engine)
+    if not block._paused_before and block.engine not in updates._unfinished:
+        yield "core", "resume", {}
+
+
+def _refused(series: _Series, method: Any) -> WeightUpdateError:
+    updates._updating.discard(series.block.engine)
+    names = sorted(series.changed)
+    series.block._stuck(f"{method} changed {names[0]} and {len(names) - 1} more parameters outside a weight update.")
+    return WeightUpdateError(f"{updates._unfinished[series.block.engine]} {updates._STAYS}")
+
+
+def _tell(engine: Any, series: _Series) -> None:
+    before = _last.get(engine, frozenset())
+    missing = sorted(before - series.changed)
+    _last[engine] = frozenset(series.changed | before)
+    _log.info("vllm_compat: %d parameters changed outside a weight_update block, bracketed", len(series.changed))
+    if missing:
+        _log.warning(
+            "vllm_compat: %d parameters that earlier updates changed were not changed by this one, so it may be incomplete: %s%s",
+            len(missing), ", ".join(missing[:5]), " …" if len(missing) > 5 else "",
+        )  # fmt: skip
