@@ -163,7 +163,9 @@ if __name__ == "__main__":
 RANKS = """
 import json, os, signal, sys
 import vllm_compat
+from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
+from vllm_compat.weights.transports import process_group, shared_memory
 
 if __name__ == "__main__":
     old, new = sys.argv[1:]
@@ -197,6 +199,13 @@ if __name__ == "__main__":
     with vllm_compat.weight_update(llm) as update:
         update.load(new)
     rows["new"] = ask()
+    with shared_memory.publish(load_file(old + "/model.safetensors")) as source, vllm_compat.weight_update(llm) as update:
+        update.load(source)
+    rows["shared memory"] = ask()
+    with process_group.Sender(2) as sender, sender.send(load_file(new + "/model.safetensors")) as source:
+        with vllm_compat.weight_update(llm) as update:
+            update.load(source)
+    rows["process group"] = ask()
     print("RESULT " + json.dumps({"said": said, "changed": before, "rows": rows}), flush=True)
     with vllm_compat.weight_update(llm):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -345,7 +354,7 @@ def test_every_fault(run_python, model, new_weights, tmp_path) -> None:
 
 
 def test_an_exception_on_one_rank(run_python, model, new_weights, tmp_path) -> None:
-    """TP=2: what one rank cannot load, none has; ranks that differ afterwards are found out. A program that SIGTERM ends inside
+    """TP=2: what one rank cannot load, none has; ranks that differ afterwards are found out; each transport reaches both. A program that SIGTERM ends inside
     the block leaves an engine that never goes on (vLLM's processes outlive such a program, block or not)."""
     (tmp_path / "faults.py").write_text(EXTENSION)
     environment = {"PYTHONPATH": str(tmp_path), "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -363,3 +372,6 @@ def test_an_exception_on_one_rank(run_python, model, new_weights, tmp_path) -> N
     assert "ranks hold different weights" in found["said"]["ranks differ"]
     assert worst(new_weights, found["rows"]["new"]) < 1e-4
     assert set(found["rows"]["new"]["versions"]) == {1}
+    for version, name, weights in ((2, "shared memory", model), (3, "process group", new_weights)):
+        assert worst(weights, found["rows"][name]) < 1e-4
+        assert set(found["rows"][name]["versions"]) == {version}

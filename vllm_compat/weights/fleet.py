@@ -252,7 +252,9 @@ class Member:
             from vllm_compat.proof import prove_async
 
             await prove_async(engine)
-        await self._drive(block, _staging({"source": source, "timeout": timeout, "finite": finite, "partial": False}, found))
+        await self._drive(
+            block, updates.staging({"source": source, "timeout": timeout, "finite": finite, "partial": False}, found)
+        )
         self._update, self._name, self._stage, self._lease = block, update, "staged", lease
         self._renew()
         return found
@@ -262,11 +264,11 @@ class Member:
         try:
             await self._enter(block)
         except BaseException:
-            await self._drive(block, _dropping())
+            await self._drive(block, updates.dropping())
             self._end()
             raise
         try:
-            await self._drive(block, _committing())
+            await self._drive(block, updates.committing())
         except BaseException as error:
             self._end()
             await self._leave(block, error)
@@ -290,7 +292,7 @@ class Member:
         assert block is not None
         self._end()
         if stage == "staged":
-            await self._drive(block, _dropping())
+            await self._drive(block, updates.dropping())
             return
         error = WeightUpdateError(why)
         try:
@@ -348,35 +350,8 @@ _COMMANDS: dict[str, Callable[..., Awaitable[dict[str, Any] | None]]] = {
 _members: weakref.WeakKeyDictionary[Any, Member] = weakref.WeakKeyDictionary()
 
 
-def _staging(given: dict[str, Any], found: dict[str, Any]) -> updates.Steps:
-    try:
-        staged = yield "workers", "stage", given
-        updates._raise_first(staged)
-        sums = {(answer["checksum"], answer["tensors"]) for answer in staged}
-        if len(sums) > 1:
-            raise WeightUpdateError(f"the ranks received different bytes: {[answer['checksum'] for answer in staged]}")
-    except BaseException:
-        yield "workers", "drop", {}
-        raise
-    found["checksum"], found["tensors"] = sums.pop()
-
-
-def _committing() -> updates.Steps:
-    try:
-        updates._raise_first((yield "workers", "commit", {"keep_old": True}))
-    except BaseException as error:
-        back = yield "workers", "rollback", {}
-        lost = [answer["error"] for answer in back if "error" in answer]
-        error.add_note(f"the old weights could not be put back: {lost[0]}" if lost else "the old weights are back")
-        raise
-
-
 def _going_back() -> updates.Steps:
     updates._raise_first((yield "workers", "rollback", {}))
-
-
-def _dropping() -> updates.Steps:
-    yield "workers", "drop", {}
 
 
 def _is_async(engine: Any) -> bool:

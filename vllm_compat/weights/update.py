@@ -140,28 +140,12 @@ class weight_update:
             raise
 
     def _load(self, source: dict[str, Any], finite: bool, partial: bool, keep_old: bool, timeout: float) -> Steps:
-        given = {"source": source, "timeout": timeout, "finite": finite, "partial": partial}
         try:
-            staged = yield "workers", "stage", given
-            _raise_first(staged)
-            if len({(answer["checksum"], answer["tensors"]) for answer in staged}) > 1:
-                raise WeightUpdateError(f"the ranks received different bytes: {[answer['checksum'] for answer in staged]}")
-        except BaseException as error:
-            self._failed = error
-            yield "workers", "drop", {}
-            raise
-        try:
-            _raise_first((yield "workers", "commit", {"keep_old": keep_old}))
+            yield from staging({"source": source, "timeout": timeout, "finite": finite, "partial": partial}, {})
+            yield from committing(keep_old)
             self._failed = None
         except BaseException as error:
             self._failed = error
-            back = yield "workers", "rollback", {}
-            lost = [answer["error"] for answer in back if "error" in answer]
-            error.add_note(
-                f"vllm_compat: the old weights could not be put back: {lost[0]}"
-                if lost
-                else "vllm_compat: the old weights are back"
-            )
             raise
 
     def _exit(self, error: BaseException | None) -> Steps:
@@ -303,6 +287,37 @@ class weight_update:
         except StopIteration:
             if cancelled is not None:
                 raise cancelled from None
+
+
+def staging(given: dict[str, Any], found: dict[str, Any]) -> Steps:
+    """The new weights beside the model, the same bytes on all ranks, or nowhere. ``found`` gets their checksum and number."""
+    try:
+        staged = yield "workers", "stage", given
+        _raise_first(staged)
+        sums = {(answer["checksum"], answer["tensors"]) for answer in staged}
+        if len(sums) > 1:
+            raise WeightUpdateError(f"the ranks received different bytes: {[answer['checksum'] for answer in staged]}")
+    except BaseException:
+        yield from dropping()
+        raise
+    found["checksum"], found["tensors"] = sums.pop()
+
+
+def dropping() -> Steps:
+    """Forget what is staged."""
+    yield "workers", "drop", {}
+
+
+def committing(keep_old: bool = True) -> Steps:
+    """What is staged goes in on all ranks, or the old weights come back on all."""
+    try:
+        _raise_first((yield "workers", "commit", {"keep_old": keep_old}))
+    except BaseException as error:
+        back = yield "workers", "rollback", {}
+        lost = [answer["error"] for answer in back if "error" in answer]
+        what = f"the old weights could not be put back: {lost[0]}" if lost else "the old weights are back"
+        error.add_note(f"vllm_compat: {what}")
+        raise
 
 
 def _message(call: tuple[str, str, dict[str, Any]]) -> tuple[str, str]:

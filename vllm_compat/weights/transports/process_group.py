@@ -222,6 +222,7 @@ class _Worker:
     name: str  # host and process
     rank: int = 0
     state: str = "idle"
+    again: bool = False  # it has the update and asks for it once more
 
 
 class Sender:
@@ -380,9 +381,15 @@ class Sender:
         """Answer whoever comes while the block runs: one worker too many, or one later than the failure."""
         while not self._over.is_set():
             self._look(0.005, lenient=True)
+            self._dismiss()
+
+    def _dismiss(self) -> None:
+        for worker in [worker for worker in self._known if worker.again]:
+            self._lose(worker, "this update of the sender has come in: a source is loaded once")
 
     def _serve(self, items: list[packing.Item], each: Iterator[torch.Tensor]) -> None:
         rows = packing.dump(items)
+        self._dismiss()
         for worker in self._known:
             worker.state = "idle"
         self._look(0.0, lenient=True)  # a worker of the last update may be gone: its successor comes, into a new group
@@ -473,11 +480,7 @@ class Sender:
                 except WeightUpdateError as error:
                     if not lenient:
                         raise
-                    with contextlib.suppress(OSError):
-                        key.data.line.say({"failed": str(error)}, 1.0)
-                    self._known.remove(key.data)
-                    self._release(key.data.line)
-                    self._drop()
+                    self._lose(key.data, str(error))
 
     def _meet(self, line: _Line) -> None:
         self._strangers.remove(line)
@@ -515,12 +518,23 @@ class Sender:
     def _take(self, worker: _Worker, message: Any) -> None:
         if "failed" in message:
             raise WeightUpdateError(f"{self._label(worker)}: {message['failed']}")
-        if message["state"] == "asks" and (message["update"] != self._update or worker.state == "done"):
-            raise WeightUpdateError(f"update {message['update']} of this sender has come in, or is over")
+        if message["state"] == "asks" and message["update"] != self._update:
+            raise WeightUpdateError(f"update {message['update']} of this sender is over: the present one is {self._update}")
+        if worker.state == "done":  # others may not have it yet
+            worker.again = True
+            return
         worker.state = message["state"]
 
     def _label(self, worker: _Worker) -> str:
         return f"worker {worker.rank} ({worker.name})" if worker.rank else f"worker ({worker.name})"
+
+    def _lose(self, worker: _Worker, why: str) -> None:
+        """Let one worker go while none has a part in anything."""
+        with contextlib.suppress(OSError):
+            worker.line.say({"failed": why}, 1.0)
+        self._known.remove(worker)
+        self._release(worker.line)
+        self._drop()
 
     def _forget(self) -> None:
         for line in [worker.line for worker in self._known] + self._strangers:

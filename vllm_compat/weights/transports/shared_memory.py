@@ -4,7 +4,8 @@
         update.load(source)                                    # where the engine is: `source` is JSON
 
 A segment is a file of mode 0600 in /dev/shm: trainer and engines share the host, the user and (containers:
-``--ipc=host``) /dev/shm. It lives as long as the block. Who has it mapped keeps what it sees.
+``--ipc=host``) /dev/shm. It lives as long as the block. Who has it mapped keeps what it sees. CUDA tensors are copied to the
+host; that was not run.
 
 Layout, little-endian: ``HEADER`` (the seal, written last; a nonce, also in the source; bytes and crc32 of the manifest;
 bytes of all), the manifest as JSON with a crc32 for every tensor, and from the next multiple of 64 bytes on the tensors.
