@@ -206,8 +206,8 @@ class Side:
             return
         bad = {
             i: gap.mean()
-            for i, row in enumerate(self.values)
-            if (gap := gap_of(row, scorer.get(i, self.base[i], self.dtype, self.how))).mean() > self.floor["floor"]
+            for i in range(len(self.values))
+            if (gap := self._path_gap(scorer, i, self.base[i])).mean() > self._sequence_floor(i)
         }
         tried: dict[int, list[Path]] = {i: self._candidates(scorer, i, versions) for i in bad}
         for place in range(max(map(len, tried.values()), default=0)):
@@ -218,18 +218,32 @@ class Side:
         failed = 0
         for i in sorted(bad, key=lambda i: -bad[i]):
             known = [self.paths[i]] if i in self.paths else []
-            rest = gap_of(self.values[i], scorer.get(i, known[0].schedule, self.dtype, self.how)).mean() if known else bad[i]
+            rest = self._path_gap(scorer, i, known[0].schedule).mean() if known else bad[i]
             # Where three in a row follow no update, the others will not either.
-            if self.name == "rollout" and rest > self.floor["floor"] and failed < 3:
+            if self.name == "rollout" and rest > self._sequence_floor(i) and failed < 3:
                 path = self._follow(scorer, i, versions)
                 self._take(scorer, i, [*known, *([path] if path else [])])
                 failed = 0 if path else failed + 1
+
+    def _sequence_floor(self, i: int) -> float:
+        """The floor is a mean over all tokens; that of n scatters by about 1/sqrt(n) of it, and four times that is rare."""
+        return self.floor["floor"] * (1 + 4 / math.sqrt(max(len(self.values[i]), 1)))
+
+    def _path_gap(self, scorer: Scorer, i: int, schedule: Schedule) -> Any:
+        """|sequence i - prediction| on this path. In 16-bit dtypes without the tokens that the named weights put on the other
+        side of a truncation's edge: rounding does that, and one of them would outweigh a sequence."""
+        import numpy as np
+
+        row, named = self.values[i], scorer.get(i, self.base[i], self.dtype, self.how)
+        gap = gap_of(row, scorer.get(i, schedule, self.dtype, self.how))
+        crossed = np.isneginf(named) ^ np.isneginf(row)
+        return gap if self.dtype == "float32" else np.where(crossed, 0.0, gap)
 
     def _take(self, scorer: Scorer, i: int, paths: list[Path]) -> None:
         """Keep the path that leaves the least, if that is less than half."""
 
         def left(schedule: Schedule) -> float:
-            return float(gap_of(self.values[i], scorer.get(i, schedule, self.dtype, self.how)).sum())
+            return float(self._path_gap(scorer, i, schedule).sum())
 
         best = min(paths, key=lambda path: left(path.schedule), default=None)
         if best and left(best.schedule) < left(self.base[i]) / 2:
@@ -271,7 +285,7 @@ class Side:
                     continue
                 trial = (*schedule, (weights, len(rollout.prompt_ids) - 1 + start if start else 0))
                 scorer.score({i: trial}, self.dtype, f"following {rollout.where}", [self.how])
-                gap = gap_of(values, scorer.get(i, trial, self.dtype, self.how))
+                gap = self._path_gap(scorer, i, trial)
                 off = [t for t in range(place, len(gap)) if gap[t] > tolerance and gap[t : t + 4].mean() > tolerance]
                 end = off[0] if off else len(gap)
                 best = max(best, (end, -float(gap[place:end].sum()), trial), key=lambda run: run[:2])
