@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 WORKERS ?= 2
 TESTED := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: setup demo test test-fast lint bench sources matrix releases evidence clean
+.PHONY: setup demo test test-fast lint bench sources matrix releases evidence rl-parity rl-parity-smoke clean
 
 setup: $(VENV)/.ready
 
@@ -67,6 +67,17 @@ evidence: setup
 # The tables in README.md and docs/releases.md, from the data of the two above.
 releases: setup
 	$(RUN) tests/releases/documents.py
+
+# The proof in training (docs/rl_parity.md): all arms, seeds and algorithms, resumed; WORKLOADS="gspo", MINUTES=60,
+# ENGINES=<folder of environments>. The budget is an hour for each algorithm on two cores, environments not counted.
+rl-parity: setup
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r examples/rl_parity/requirements.txt
+	$(RUN) examples/rl_parity/study.py $(if $(WORKLOADS),--workloads $(WORKLOADS)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(ENGINES),--engines $(ENGINES))
+	$(RUN) examples/rl_parity/figures.py
+
+rl-parity-smoke: setup
+	$(RUN) examples/rl_parity/smoke.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
