@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -25,6 +26,14 @@ def test_round_trip(plan):
     assert Plan.parse(plan.text()) == plan
     assert Plan.parse(plan.text()).digest() == plan.digest()
     assert plan.digest() != plan.given_up("fp32_lm_head", State.FAILED, "x").digest()
+
+
+def test_methods_travel(plan):
+    """Methods that a profile names are in the text; a plan without any has the text of one that cannot have them."""
+    assert "methods" not in json.loads(plan.text())
+    named = dataclasses.replace(plan, methods=("load_norms",))
+    assert Plan.parse(named.text()) == named
+    assert named.digest() != plan.digest()
 
 
 def test_another_format_is_refused(plan):

@@ -62,6 +62,9 @@ def test_named_profile_that_does_not_list_the_model_is_noted():
         ("format = ", "cannot be read"),
         ("format = 1\nname = 'x'\n[bands]\nreward = { batch = 1, rounding = 1 }", "bands.reward: no such metric has a band"),
         ("format = 1\nname = 'x'\n[bands]\nclip_rate = { batch = 0, rounding = 1 }", "bands.clip_rate.batch"),
+        ("format = 1\nname = 'x'\n[weight_update]\nmethods = ['my method']", "weight_update.methods.0"),
+        ("format = 1\nname = 'x'\n[weight_update]\nmethods = 'load'", "weight_update.methods"),
+        ("format = 1\nname = 'x'\n[weight_update]\nmethod = ['load']", "weight_update.method"),
         ("format = 1\nname = 'x'\n[[evidence]]\nkind = 'hearsay'", "evidence.0.kind"),
     ],
 )

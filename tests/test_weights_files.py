@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import shutil
@@ -404,6 +405,19 @@ def test_a_fingerprint_sees_every_byte(engine) -> None:
             assert {key for key in before if now[key] != before[key]} == {name}
             one ^= 1
     assert worker.fingerprint(engine) == before
+
+
+def test_a_checksum_is_of_the_bytes_alone() -> None:
+    """Wherever they lie, whatever their number: a slice has the checksum of its copy, and another one with any bit changed."""
+    held = torch.arange(256, dtype=torch.uint8).repeat(2)
+    for start, count in itertools.product((0, 1, 2, 4, 8, 13), (0, 1, 7, 8, 9, 64, 67)):
+        part = held[start : start + count]
+        copy = part.clone()
+        assert worker._checksum(part) == worker._checksum(copy)
+        for at in range(count):
+            copy[at] ^= 128
+            assert worker._checksum(part) != worker._checksum(copy)
+            copy[at] ^= 128
 
 
 PACKED = """

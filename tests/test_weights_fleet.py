@@ -53,7 +53,7 @@ class Core:
         if "finish" in self.faults:
             return {"problem": self.faults["finish"], "version": self.version}
         self.version, self.resting = version, not resume
-        return {"problem": "", "warning": "", "version": version, "marks": {}}
+        return {"problem": "", "warning": "", "version": version, "changed": []}
 
     def worker_baseline(self) -> dict:
         return {}
@@ -94,12 +94,11 @@ class Engine:
 def engines(monkeypatch) -> list[Engine]:
     """Three of them; that they are under vllm_compat is taken for granted."""
 
-    def begin(self: updates.weight_update) -> None:
+    def check(self: updates.weight_update) -> None:
         if self.engine in updates._updating:
             raise WeightUpdateError("another weight update of this engine is under way: one at a time")
-        updates._updating.add(self.engine)
 
-    monkeypatch.setattr(updates.weight_update, "_begin", begin)
+    monkeypatch.setattr(updates.weight_update, "check", check)
     return [Engine() for _ in range(3)]
 
 

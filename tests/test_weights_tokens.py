@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import pickle
 from types import SimpleNamespace as Thing
 
@@ -179,3 +181,76 @@ def test_lag() -> None:
     assert tokens.lag([Thing(outputs=[pair.output("a")])], 6) == [[6, 2]]
     with pytest.raises(InputError, match="carry no weight versions"):
         tokens.lag(Thing(outputs=[Thing(token_ids=[1])]), 6)
+
+
+def event(choice: dict | None, **more: object) -> str:
+    """A chunk as vLLM writes it."""
+    body = {"id": "x", "model": 'a "choices":[{ b', "choices": [] if choice is None else [choice], **more}
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
+
+
+def held(index: int, versions: list[int]) -> Thing:
+    """A CompletionOutput with these versions."""
+    record = tokens.Record(1)
+    for version in versions:
+        record.tokens(1, version)
+    return Thing(index=index, token_ids=[0] * len(versions), _vllm_compat_weights=(record, 0))
+
+
+def streamed(made: list, choices: int = 2, numbered: bool = False) -> list[str]:
+    """What a stream says of some outputs. Each item of ``made``: the outputs of a result, with the chunks that vLLM makes of
+    each; chunks that are made before are ``(None, chunks)``."""
+
+    async def results():
+        for number, found in enumerate(made):
+            result = Thing(outputs=[output for output, _ in found if output is not None], found=found)
+            yield (number % 2, result) if numbered else result
+
+    async def vllm(results):
+        async for found in results:
+            result = found[1] if numbered else found
+            for chunk in (chunk for output, chunks in result.found if output is None for chunk in chunks):
+                yield chunk
+            chunks = [chunks for output, chunks in result.found if output is not None]
+            for of, _ in zip(chunks, result.outputs, strict=True):
+                for chunk in of:
+                    yield chunk
+        yield "data: [DONE]\n\n"
+
+    async def all_of_it():
+        return [chunk async for chunk in tokens.streamed(results(), vllm, choices)]
+
+    return asyncio.run(all_of_it())
+
+
+def told(chunks: list[str]) -> list[list[int] | None]:
+    return [choice.get("token_weight_versions") for chunk in chunks[:-1] for choice in json.loads(chunk[6:]).get("choices", ())]
+
+
+def test_a_stream_keeps_every_byte() -> None:
+    """Without what was put into them, chunks are vLLM's text, with whatever stands in it; an error and the usage stay as they are."""
+    nasty = 'é "choices":[{"index":1}] }]'
+    choice = {"index": 0, "text": nasty, "logprobs": {"tokens": ["}", nasty], "deep": [{"a": [{}]}]}, "finish_reason": None}
+    plain = [event(choice, usage={"n": 1}), event(None, usage={"n": 2}), 'data: {"error":{"message":"x"}}\n\n']
+    found = streamed([[(held(0, [3, 4]), plain)]])
+    assert [chunk.replace(',"token_weight_versions":[3,4]', "") for chunk in found[:-1]] == plain
+    assert found[0] != plain[0]
+    assert json.loads(found[0][6:])["choices"][0] == {**choice, "token_weight_versions": [3, 4]}
+    assert found[1:] == [*plain[1:], "data: [DONE]\n\n"]
+
+
+def test_a_stream_of_several_choices() -> None:
+    """Of several samples and prompts, each chunk has its own; chat's first chunk, which is made before any token, has none."""
+    role = event({"index": 0, "delta": {"role": "assistant"}})
+    first = [(None, [role]), (held(0, [1]), [event({"index": 0})]), (held(1, [2]), [event({"index": 1})])]
+    assert told(streamed([first])) == [None, [1], [2]]
+    of_prompts = [[(held(1, [1]), [event({"index": 1})])], [(held(1, [2, 2]), [event({"index": 3})])]]
+    assert told(streamed(of_prompts, numbered=True)) == [[1], [2, 2]]
+
+
+def test_a_stream_that_holds_tokens_back() -> None:
+    """A parser may send no chunk for some tokens: their versions come with the next chunk of that choice."""
+    waits = [[(held(0, [1]), [])], [(held(1, [5]), [event({"index": 1})])], [(held(0, [2, 2]), [event({"index": 0})])]]
+    assert told(streamed(waits)) == [[5], [1, 2, 2]]
+    nothing = [[(Thing(index=0, token_ids=[0]), [event({"index": 0})])]]  # an engine that is not under vllm_compat
+    assert told(streamed(nothing)) == [None]

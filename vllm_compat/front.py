@@ -156,6 +156,7 @@ def decide(args: UserArgs) -> Callable[[str], Plan]:
 
     def plan_for(runner: str) -> Plan:
         plan = resolved(current, installed.release, chosen, user, (*notes, *profile_notes), runner)
+        plan = dataclasses.replace(plan, methods=chosen.weight_update.methods)
         for decision in plan.decisions:
             if decision.state is State.UNSUPPORTED:
                 _refuse_or_warn(plan, UnsupportedBehaviorError(f"{decision.behavior}: {decision.reason}"))

@@ -52,7 +52,8 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All decisions for one engine, and what they were made for."""
+    """All decisions for one engine, and what they were made for. ``methods``: those of a worker that its profile names as
+    changing weights."""
 
     vllm: str
     runner: str
@@ -60,6 +61,7 @@ class Plan:
     strict: bool
     decisions: tuple[Decision, ...]
     notes: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
 
     def __getitem__(self, behavior: str) -> Decision:
         return next(decision for decision in self.decisions if decision.behavior == behavior)
@@ -77,6 +79,8 @@ class Plan:
     def text(self) -> str:
         """Canonical JSON: the same decisions give the same text."""
         data = {"format": _FORMAT, **asdict(self)}
+        if not self.methods:
+            del data["methods"]  # so a plan without any has the text it always had
         return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
     def digest(self) -> str:
@@ -93,7 +97,8 @@ class Plan:
             Decision(**{**d, "state": State(d["state"]), "sets": tuple(d["sets"]), "patches": tuple(d["patches"])})
             for d in data.pop("decisions")
         )
-        return cls(**{**data, "notes": tuple(data["notes"])}, decisions=decisions)
+        notes, methods = tuple(data.pop("notes")), tuple(data.pop("methods", ()))
+        return cls(**data, decisions=decisions, notes=notes, methods=methods)
 
 
 class PlanCarrier(dict[str, Any]):

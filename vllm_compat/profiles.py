@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import date
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from packaging.version import Version
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -63,6 +63,13 @@ class Evidence(BaseModel):
     metrics: dict[str, float]
 
 
+class WeightUpdate(BaseModel):
+    """How this model's trainer sends weights. ``methods``: of the worker, called by ``collective_rpc``, which change them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    methods: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], ...] = ()
+
+
 class Profile(BaseModel):
     """One file. ``behaviors`` holds only what differs from, or insists on, the behavior's default; ``bands`` what differs
     from those of the profile ``default``."""
@@ -74,6 +81,7 @@ class Profile(BaseModel):
     match: Match = Match()
     behaviors: dict[str, bool | str] = {}  # on, off, or a mode
     bands: dict[str, Band] = {}
+    weight_update: WeightUpdate = WeightUpdate()
     evidence: tuple[Evidence, ...] = ()
 
     def all_bands(self) -> dict[str, Band]:

@@ -127,7 +127,9 @@ def section(workload: str, runs: Runs) -> str:
     text = (
         f"### {title}\n\n![{title}: clip rate, KL, entropy and reward of the arms](rl_parity-{workload}.png)\n\n"
         f"Clip range {objective.low:g} by {clipped}. Cells: mean over the run, windows of the mean curve inside V0's seeds, p "
-        f"against V0 (bold: < {LEVEL}). Last column: mean absolute Δ of the first batch, nats.\n\n{table(header, [first, *rows_of(runs, plain)])}\n"
+        f"against V0 (bold: < {LEVEL}). Last column: mean absolute Δ of the first batch, nats.\n\n"
+        + table(header, [first, *rows_of(runs, plain)])
+        + "\n"
         f"The least constant shift of a curve that the test finds in {POWER:.0%} of repetitions:\n\n"
         + table(["metric", "V0's mean", "5 seeds against 5", "3 against 5"], power)
     )

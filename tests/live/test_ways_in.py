@@ -79,8 +79,9 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _serve(model: Path, log: Path, port: int, *flags: str, **environment: str) -> subprocess.Popen:
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+def _serve(model: Path, log: Path, port: int, *flags: str, python: str = "", **environment: str) -> subprocess.Popen:
+    vllm = [python, "-m", "vllm.entrypoints.cli.main"] if python else [str(Path(sys.executable).parent / "vllm")]
+    command = [*vllm, "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "256", "--gpu-memory-utilization", "0.3", *flags]
     with log.open("w") as sink:
         return subprocess.Popen(

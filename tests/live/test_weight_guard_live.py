@@ -1,9 +1,13 @@
-"""Calls that change weights outside a block: bracketed as one update, or refused; what they did is recognised by checksums."""
+"""Calls that change weights outside a block: bracketed as one update, or refused; recognised by checksums, or by their names."""
 
 from __future__ import annotations
 
+import shutil
+
+import pytest
 from make_model import make
-from replay import expected_logprobs
+from replay import Rollout, expected_logprobs, worst_gaps
+from safetensors.torch import load_file, save_file
 
 GUARDED = """
 import asyncio, json, sys
@@ -61,15 +65,11 @@ if __name__ == "__main__":
 """
 
 
-def norms_of(folder, model, other):
+def norms_of(folder, model, other, factor=1.5):
     """The model with the norms of another one: what `halves.HalfLoader` makes of it in two calls."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(model, folder)
     old, new = (load_file(one / "model.safetensors") for one in (model, other))
-    norms = {name: new[name] * 1.5 for name in old if "norm" in name}
+    norms = {name: new[name] * factor for name in old if "norm" in name}
     save_file({**old, **norms}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -116,3 +116,58 @@ def test_refused(run_python, model, tmp_path, monkeypatch) -> None:
     assert len(said["waiting"]) == 4
     assert all("load_half changed" in text for text in said["waiting"])
     assert said["version"] == 0
+
+
+STEPS = """
+import json, sys
+import vllm_compat
+from vllm import LLM, SamplingParams
+from vllm_compat.weights import guard, update as updates
+
+if __name__ == "__main__":
+    looked, look = [], guard._look
+    guard._look = lambda *args, **kwargs: looked.append(1) or look(*args, **kwargs)
+    llm = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, gpu_memory_utilization=0.3, max_model_len=256,
+              worker_extension_cls="norms.NormLoader")
+    engine, outs, steps, checksums = llm.llm_engine, {}, 0, []
+    params = SamplingParams(temperature=1.0, max_tokens=60, ignore_eos=True, logprobs=0)
+    for i in range(3):
+        engine.add_request(str(i), {"prompt_token_ids": [7, 20 + i, 33]}, params)
+    while engine.has_unfinished_requests():
+        for out in engine.step():
+            outs[out.request_id] = out
+        steps += 1
+        if steps in (20, 40):
+            before = len(looked)
+            for half in (0, 1) if steps == 20 else (0,):
+                llm.collective_rpc("load_norms", args=(sys.argv[1 + steps // 20], half))
+            checksums.append(len(looked) - before)
+    found = [[list(out.prompt_token_ids), list(out.outputs[0].token_ids), out.outputs[0].token_weight_versions,
+              [row[token].logprob for row, token in zip(out.outputs[0].logprobs, out.outputs[0].token_ids)]] for out in outs.values()]
+    print("RESULT " + json.dumps({"found": found, "checksums": checksums, "version": updates.version_of(engine),
+                                  "proven": vllm_compat.status(llm).proven}))
+"""
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_synchronous_engine(run_engine, model, tmp_path, named) -> None:
+    """The calls between two steps are one update, on V0 too; a method that the profile names is taken for one without checksums."""
+    updates = [norms_of(tmp_path / str(factor), model, model, factor) for factor in (1.5, 0.7)]
+    held, new = load_file(updates[0] / "model.safetensors"), load_file(updates[1] / "model.safetensors")
+    half = sorted(name for name in new if "norm" in name)[0::2]
+    save_file({name: new[name] if name in half else held[name] for name in held}, tmp_path / "half.safetensors")
+    profile = tmp_path / "mine.toml"
+    profile.write_text('format = 1\nname = "mine"\n[weight_update]\nmethods = ["load_norms"]\n')
+    environment = {"VLLM_COMPAT_PROFILE": str(profile)} if named else {}
+    ran = run_engine(STEPS, str(model), *map(str, updates), environment=environment).ok()
+    assert ran.result["proven"]
+    assert ran.result["version"] == 2
+    assert ran.result["checksums"] == ([0, 0] if named else [2, 1])
+    rollouts = [Rollout(*one[:3]) for one in ran.result["found"]]
+    assert [len(rollout.changes()) for rollout in rollouts] == [2, 2, 2]
+    logprobs = [one[3] for one in ran.result["found"]]
+    files = [updates[0] / "model.safetensors", tmp_path / "half.safetensors"]
+    assert max(worst_gaps(model, files, rollouts, logprobs)) < 1e-4
+    for change in (0, 1):
+        assert min(worst_gaps(model, files, [r.shifted(change, 1) for r in rollouts], logprobs)) > 1e-3
+    assert "were not changed by this one, so it may be incomplete" in ran.text

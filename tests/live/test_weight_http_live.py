@@ -64,14 +64,27 @@ class Client:
         """Whether the server computes with these weights."""
         return worst(weights, weights, self.complete(), 0) < 1e-4
 
+    def stream(self, path: str, body: dict[str, Any], chunks: list[dict[str, Any]]) -> None:
+        """Adds the chunks of a streamed answer to the list, as they come."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        body = {
+            "model": str(self.old), "stream": True, "temperature": 1.0, "ignore_eos": True, "return_tokens_as_token_ids": True,
+            **body,
+        }  # fmt: skip
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        lines = (line.decode().removeprefix("data: ").strip() for line in answer if line.strip())
+        chunks.extend(json.loads(line) for line in lines if line != "[DONE]")
+        connection.close()
 
-def worst(old: Path, new: Path, found: tuple[list[int], list[float]], at: int) -> float:
-    expected = expected_logprobs(old, new, PROMPT, found[0], at)
+
+def worst(old: Path, new: Path, found: tuple[list[int], list[float]], at: int, prompt: list[int] = PROMPT) -> float:
+    expected = expected_logprobs(old, new, prompt, found[0], at)
     return max(abs(a - b) for a, b in zip(expected, found[1], strict=True))
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory, engine):
     """One server for all of this file, with its checkpoints below one root."""
     folder = tmp_path_factory.mktemp("roots")
     make(folder / "old", seed=0)
@@ -87,7 +100,7 @@ def server(tmp_path_factory):
     variables = {
         "VLLM_COMPAT_PROFILE": "auto", "VLLM_COMPAT_HTTP_TOKEN_FILE": str(token), "VLLM_COMPAT_HTTP_ROOTS": str(folder),
     }  # fmt: skip
-    process = _serve(folder / "old", log, port, "--max-model-len", "512", **variables)
+    process = _serve(folder / "old", log, port, "--max-model-len", "512", python=engine.python, **variables)
     try:
         _wait_up(process, log, port)
         yield Client(port, folder, log)
@@ -114,6 +127,45 @@ def test_an_update_in_flight(server):
     assert worst(server.old, server.new, found["long"], at) < 1e-4
     assert server.has(server.new)
     assert (server.version(), server.status()["proven"]) == (1, True)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_an_update_in_a_stream(server, path):
+    """Each chunk has the version of each of its tokens, of every choice: they are those whose exact replay gives the logprobs."""
+    before = server.version()
+    old, new = (server.old, server.new) if server.has(server.old) else (server.new, server.old)
+    chat, prompts, chunks = "chat" in path, [PROMPT, [9, 8, 7]], []
+    asked = (
+        {"messages": [{"role": "user", "content": "one two"}], "logprobs": True, "return_token_ids": True}
+        if chat
+        else {"prompt": prompts, "logprobs": 0}
+    )
+    running = threading.Thread(target=server.stream, args=(path, {**asked, "n": 2, "max_tokens": 300}, chunks))
+    running.start()
+    while sum(len(chunk["choices"]) for chunk in chunks) < 100 and running.is_alive():
+        time.sleep(0.005)
+    assert server.update(new)[0] == 200
+    assert running.is_alive(), "the request was over before the update"
+    running.join()
+    if chat:
+        prompts = [chunks[0]["prompt_token_ids"]]
+        assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+        assert "token_weight_versions" not in chunks[0]["choices"][0]  # it has no tokens
+    for index in range(2 * len(prompts)):
+        tokens, logprobs, versions = [], [], []
+        for choice in (choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index):
+            said = choice.get("logprobs") or {}
+            names = [one["token"] for one in said.get("content", ())] if chat else said["tokens"]
+            tokens += [int(name.removeprefix("token_id:")) for name in names]
+            logprobs += [one["logprob"] for one in said.get("content", ())] if chat else said["token_logprobs"]
+            versions += choice.get("token_weight_versions", ())
+            assert len(versions) == len(tokens)
+        at = versions.index(before + 1)
+        assert versions == [before] * at + [before + 1] * (300 - at)
+        assert 0 < at < 300
+        prompt = prompts[index // 2]
+        assert worst(old, new, (tokens, logprobs), at, prompt) < 1e-4
+        assert min(worst(old, new, (tokens, logprobs), at + by, prompt) for by in (-1, 1)) > 1e-3
 
 
 def test_refusals_change_nothing(server):

@@ -107,6 +107,16 @@ class Patch(Route):
     remove_when: str = ""
 
 
+def frame_patch(
+    name: str, role: Role, path: str, build: Callable[[Any, Any], Any], *params: str, adds: bool = False, versions: str = ""
+) -> Patch:
+    """A patch of the frame around every engine, which is no behavior's."""
+    return Patch(
+        name=name, versions=versions, role=role, target=Target(path=path, params=params), build=build, adds=adds,
+        upstream="vLLM offers no hook here", remove_when="never",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class NotNeeded(Route):
     """The engine does what V0 did."""

@@ -98,7 +98,7 @@ def _finish(core: Any, version: int, resume: bool) -> dict[str, Any]:
         elif any(answer["replicated"] != answers[0]["replicated"] for answer in answers):
             problem = "the tensor-parallel ranks hold different weights where they must hold the same"
     if problem:
-        return {"problem": problem, "version": version_of(core)}
+        return {"problem": problem, "warning": "", "version": version_of(core), "changed": []}
     _advance_tokens(core, version)
     setattr(core, _VERSION, version)
     versions.advance(max(version, versions.current() + 1))  # engines in one process share it
@@ -106,7 +106,8 @@ def _finish(core: Any, version: int, resume: bool) -> dict[str, Any]:
         core.set_weight_version(str(version))
     if resume:
         _resume(core)
-    return {"problem": "", "warning": warning, "version": version}
+    changed = sorted({name for answer in answers for name in answer["changed"]})
+    return {"problem": "", "warning": warning, "version": version, "changed": changed}
 
 
 def _advance_tokens(core: Any, version: int) -> None:

@@ -227,7 +227,7 @@ class Member:
             notes = "; ".join(getattr(error, "__notes__", ()))
             text = str(error) if isinstance(error, VllmCompatError) else f"{type(error).__name__}: {str(error)[:500]}"
             found = {"error": {"type": type(error).__name__, "message": f"{text} ({notes})" if notes else text}}
-        state = "paused" if engine is not None and self._stage == "idle" and engine in updates._unfinished else self._stage
+        state = "paused" if engine is not None and self._stage == "idle" and updates.paused_for(engine) else self._stage
         version = updates.version_of(engine) if engine is not None else 0
         return json.dumps({"version": version, "state": state, **found})
 
@@ -242,8 +242,7 @@ class Member:
         if update in self._over:
             raise WeightUpdateError("this update is over")
         block = updates.weight_update(engine, version)
-        block._begin()  # refuses what cannot be updated; the lock itself is taken at the commit
-        updates._updating.discard(engine)
+        block.check()  # the lock itself is taken at the commit
         known = updates.version_of(engine)
         if version <= known:
             raise WeightUpdateError(f"weight version {version} is not newer than the engine's, {known}")

@@ -1,8 +1,9 @@
 """
-Calls that change weights outside a `weight_update` block, and without a change to the caller's code.
+Weights that change outside a `weight_update` block, and without a change to the caller's code.
 
 Every ``collective_rpc`` of an engine (its own ``update_weights``, ``reload_weights``, ``start_weight_update`` and so on are such
-calls) is recognised by what it does: the workers compare checksums of their weights. ``VLLM_COMPAT_UNBRACKETED_UPDATES``:
+calls) is recognised by what it does: the workers compare checksums of their weights; those whose method the profile names
+(``[weight_update] methods``) are known to change them. ``VLLM_COMPAT_UNBRACKETED_UPDATES``:
 
 - ``bracket`` (default): the engine comes to rest before the call. Where it changed weights, the engine stays at rest, so that
   further calls belong to the same update (one parameter a call is a common transport), and goes on, with a new version, once
@@ -11,8 +12,14 @@ calls) is recognised by what it does: the workers compare checksums of their wei
 - ``refuse``: WeightUpdateError, before the call where its name says what it does, else after it, with the engine left at rest.
 - ``allow``: as vLLM does it.
 
-Weights that code in the engine's own process changes without a call (``model.load_weights``) are not seen. A call costs one pass
-over the weights; calls of vllm_compat, and those that are known to change nothing, cost none.
+A call costs one pass over the weights; calls of vllm_compat, and those that are known to change them, or nothing, cost none.
+
+Where the engine core is in the caller's process (V0; ``VLLM_ENABLE_V1_MULTIPROCESSING=0``; an external launcher), the caller can
+reach the model without a call, as TRL does: ``llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights(...)``.
+No step runs meanwhile, so all that happens between two steps is one update. `look` finds it before the next step: the model's
+loader is watched, and checksums are compared when the engine had nothing to do before. (torch's version counters would not do:
+what is written through ``param.data``, as vLLM's own loaders do, moves none.) So what is written past the loader while requests
+run is found when they are done.
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ from vllm_compat.errors import WeightUpdateError
 from vllm_compat.patching.model import State
 from vllm_compat.plan import of
 from vllm_compat.weights import update as updates
+from vllm_compat.weights import worker
 
 SETTLE = 0.5  # seconds without a further call after which an update of an AsyncLLM is taken to be complete
 CHANGES = ("update_weights", "reload_weights", "load_weights", "start_weight_update", "finish_weight_update")
@@ -43,6 +51,7 @@ _HARMLESS = (
     "add_lora",
 )
 _log = logging.getLogger("vllm.vllm_compat")
+_inside: weakref.WeakKeyDictionary[Any, _Watched] = weakref.WeakKeyDictionary()  # engines whose core is in this process
 _open: weakref.WeakKeyDictionary[Any, _Series] = weakref.WeakKeyDictionary()
 _last: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()  # what the last such update changed
 
@@ -52,35 +61,45 @@ class _Series:
 
     def __init__(self, engine: Any) -> None:
         self.block = updates.weight_update(engine)
-        self.changed: set[str] = set()
+        self.named = False  # one of the calls is known to change weights
+        self.changed: set[str] = set()  # as far as it was looked at
         self.lock = asyncio.Lock()
         self.timer: asyncio.TimerHandle | None = None
         self.running = 0
 
 
-def _mode(engine: Any, method: Any) -> str:
-    """What is to be done about this call: nothing ("allow") for those that are ours, harmless, or inside a block."""
+class _Watched:
+    """What is known of an engine whose core is in this process."""
+
+    def __init__(self) -> None:
+        self.loads = worker.loads
+        self.idle = True  # no request since the weights were last looked at
+
+
+def _mode(engine: Any, method: Any) -> tuple[str, bool]:
+    """What is to be done about this call: nothing ("allow") for those that are ours, harmless, or inside a block; and whether
+    it is known to change weights."""
     name = method if isinstance(method, str) else getattr(method, "__name__", "")
     plan = of(engine.vllm_config) if hasattr(engine, "vllm_config") else None
     if plan is None or name.startswith("vllm_compat") or name in _HARMLESS:
-        return "allow"
+        return "allow", False
     decision = plan["synchronized_weight_update"]
-    if not (decision.wanted or decision.state is State.NOT_NEEDED):
-        return "allow"
+    if not (decision.wanted or decision.state is State.NOT_NEEDED) or hasattr(engine, "step_async"):  # V0's AsyncLLMEngine
+        return "allow", False
     if engine in updates._updating and engine not in _open:
-        return "allow"  # the user's own block
+        return "allow", False  # the user's own block
     mode = bootstrap.process.settings.unbracketed_updates if bootstrap.process.settings else "allow"
-    if mode == "refuse" and name in CHANGES:
+    if mode == "refuse" and name in (*CHANGES, *plan.methods):
         raise WeightUpdateError(
             f"{name} changes weights outside a weight update, and VLLM_COMPAT_UNBRACKETED_UPDATES=refuse: write `with "
             f"vllm_compat.weight_update(engine):` around it"
         )
-    return mode
+    return mode, name in plan.methods
 
 
 def call(engine: Any, method: Any, run: Callable[[], Any]) -> Any:
     """A synchronous engine's ``collective_rpc``."""
-    mode = _mode(engine, method)
+    mode, named = _mode(engine, method)
     if mode == "allow":
         return run()
     series = _open.get(engine)
@@ -94,8 +113,10 @@ def call(engine: Any, method: Any, run: Callable[[], Any]) -> Any:
         _open.pop(engine, None)
         series.block._drive(series.block._exit(error))
         raise
-    series.block._drive(_look(series))
-    if not series.changed:
+    series.named |= named
+    if not series.named:
+        series.block._drive(_look(series))
+    if not (series.named or series.changed):
         _open.pop(engine, None)
         series.block._drive(_untouched(series.block))
     elif mode == "refuse":
@@ -109,13 +130,55 @@ def settle(engine: Any) -> None:
     series = _open.get(engine)
     if series is not None and not series.block._async:
         _open.pop(engine, None)
-        _tell(engine, series)
         series.block._drive(series.block._exit(None))
+        _tell(engine, series.block)
+
+
+def watch(engine: Any) -> None:
+    """An engine has started. Where its core is in this process, know its weights: `look` will ask what became of them."""
+    client = getattr(engine, "engine_core", None)
+    if _mode(engine, "")[0] != "allow" and (client is None or not hasattr(client, "call_utility")):
+        updates.weight_update(engine)._drive(_known(engine))
+        _inside[engine] = _Watched()
+
+
+def look(engine: Any) -> None:
+    """A synchronous engine is about to step: what the caller's own code did to its weights is one update."""
+    watched = _inside.get(engine)
+    if watched is None or (watched.loads == worker.loads and not watched.idle) or updates.paused_for(engine):
+        return
+    watched.loads, watched.idle = worker.loads, False
+    mode, _ = _mode(engine, "")
+    if mode == "allow":
+        return
+    series = _Series(engine)
+    series.block._drive(_look(series, parameters=True))
+    if not series.changed:
+        return
+    if mode == "refuse":
+        raise _refused(series, "code in the engine's process")
+    series.block._drive(series.block._enter())
+    series.block._drive(series.block._exit(None))
+    _tell(engine, series.block)
+
+
+def stepped(engine: Any) -> None:
+    """A synchronous engine has done a step."""
+    watched = _inside.get(engine)
+    if watched is not None:
+        # V1's engine would ask its data-parallel peers
+        front = engine.output_processor if hasattr(engine, "engine_core") else engine
+        watched.idle = not front.has_unfinished_requests()
+
+
+def _known(engine: Any) -> updates.Steps:
+    updates._raise_first((yield "workers", "watch", {}))
+    updates._seen.add(engine)
 
 
 async def call_async(engine: Any, method: Any, run: Callable[[], Any]) -> Any:
     """An `AsyncLLM`'s ``collective_rpc``."""
-    mode = _mode(engine, method)
+    mode, named = _mode(engine, method)
     if mode == "allow":
         return await run()
     from vllm_compat.proof import prove_async
@@ -139,8 +202,10 @@ async def call_async(engine: Any, method: Any, run: Callable[[], Any]) -> Any:
             _open.pop(engine, None)
             await series.block._drive_async(series.block._exit(error))
             raise
-        await series.block._drive_async(_look(series))
-        if not series.changed:
+        series.named |= named
+        if not series.named:
+            await series.block._drive_async(_look(series))
+        if not (series.named or series.changed):
             _open.pop(engine, None)
             await series.block._drive_async(_untouched(series.block))
         elif mode == "refuse":
@@ -165,15 +230,15 @@ async def _settle_async(engine: Any, series: _Series) -> None:
         if _open.get(engine) is not series:
             return
         _open.pop(engine, None)
-        _tell(engine, series)
         try:
             await series.block._drive_async(series.block._exit(None))
+            _tell(engine, series.block)
         except WeightUpdateError as error:
             _log.error("vllm_compat: %s", error)  # nobody waits for this task; whoever waits for a token has been told
 
 
-def _look(series: _Series) -> updates.Steps:
-    answers = yield "workers", "changes", {}
+def _look(series: _Series, parameters: bool = False) -> updates.Steps:
+    answers = yield "workers", "changes", {"parameters": parameters}
     for answer in answers:
         series.changed |= set(answer.get("changed", ()))
 
@@ -192,11 +257,14 @@ def _refused(series: _Series, method: Any) -> WeightUpdateError:
     return WeightUpdateError(f"{updates._unfinished[series.block.engine]} {updates._STAYS}")
 
 
-def _tell(engine: Any, series: _Series) -> None:
+def _tell(engine: Any, block: updates.weight_update) -> None:
     before = _last.get(engine, frozenset())
-    missing = sorted(before - series.changed)
-    _last[engine] = frozenset(series.changed | before)
-    _log.info("vllm_compat: %d parameters changed outside a weight_update block, bracketed", len(series.changed))
+    missing = sorted(before - block.changed)
+    _last[engine] = block.changed | before
+    _log.info(
+        "vllm_compat: %d parameters changed outside a weight_update block, bracketed: weight version %s",
+        len(block.changed), block.version,
+    )  # fmt: skip
     if missing:
         _log.warning(
             "vllm_compat: %d parameters that earlier updates changed were not changed by this one, so it may be incomplete: %s%s",

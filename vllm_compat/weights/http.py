@@ -196,7 +196,7 @@ class Endpoints:
         return {
             "version": updates.version_of(engine),
             "updating": self._busy(engine),
-            "paused": updates._unfinished.get(engine),
+            "paused": updates.paused_for(engine),
             "proven": bool(known and known.to_dict()["proven"]),
             "last": self._last,
         }
@@ -204,7 +204,7 @@ class Endpoints:
     # --- POST --------------------------------------------------------------------------------------------------------------
 
     def _busy(self, engine: Any) -> bool:
-        return self._running is not None or engine in updates._updating or fleet.member(engine).busy
+        return self._running is not None or updates.is_updating(engine) or fleet.member(engine).busy
 
     async def _update_weights(self, body: dict[str, Any]) -> dict[str, Any]:
         engine = self._engine()
@@ -261,8 +261,9 @@ class Endpoints:
             self._last = task.result()
             return
         said = "; ".join(getattr(error, "__notes__", ()))
-        if engine in updates._unfinished:
-            status, kind, message = 500, "engine_paused", f"{updates._unfinished[engine]} A complete update brings it back."
+        paused = updates.paused_for(engine)
+        if paused:
+            status, kind, message = 500, "engine_paused", f"{paused} A complete update brings it back."
         elif task.cancelled():
             status, kind, message = 504, "timeout", "the time limit passed; the weights are as before"
         elif isinstance(error, WeightUpdateError) and time.monotonic() - began >= timeout:  # the transport's own patience

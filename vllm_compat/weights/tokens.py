@@ -17,8 +17,10 @@ each the versions that wrote the KV cache it was computed from. Where vLLM itsel
 
 from __future__ import annotations
 
+import contextlib
 import json
 from bisect import bisect_right
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from vllm_compat.errors import InputError
@@ -103,6 +105,59 @@ def answered(response: Any, outputs: Any) -> Any:
         if numbers is not None:
             choice.token_weight_versions = numbers
     return response
+
+
+class _Outputs(list[Any]):
+    """A RequestOutput's outputs, which tell when the turn of each has come: chunks made before (chat's role) have no tokens."""
+
+    def __init__(self, outputs: list[Any], tell: Callable[[Any], None]) -> None:
+        super().__init__(outputs)
+        self._tell = tell
+
+    def __iter__(self) -> Iterator[Any]:
+        for output in super().__iter__():
+            self._tell(output)
+            yield output
+
+
+async def streamed(results: Any, make: Callable[[Any], Any], choices: int) -> AsyncIterator[str]:
+    """An OpenAI stream, each chunk that has tokens with ``token_weight_versions`` at the end of its choice.
+
+    ``results``: the RequestOutputs, of completions each with the number of its prompt; ``make`` makes vLLM's stream of them;
+    ``choices``: of one prompt. vLLM's text is kept byte for byte. Versions of tokens for which it sends no chunk (a parser holds
+    them back) come with the next: all of a choice's are one number per sampled token.
+    """
+    fresh: dict[int, list[int]] = {}  # choice -> versions that no chunk has told
+
+    async def watched() -> AsyncIterator[Any]:
+        async for found in results:
+            prompt, result = found if isinstance(found, tuple) else (0, found)
+
+            def tell(output: Any, first: int = prompt * choices) -> None:
+                fresh.setdefault(first + output.index, []).extend(token_weight_versions(output) or ())
+
+            result.outputs = _Outputs(result.outputs, tell)
+            yield found
+
+    async with contextlib.aclosing(make(watched())) as chunks:
+        async for chunk in chunks:
+            yield _carrying(chunk, fresh)
+
+
+_CHOICES = '"choices":['
+_read_json = json.JSONDecoder().raw_decode
+
+
+def _carrying(chunk: str, fresh: dict[int, list[int]]) -> str:
+    """One server-sent event, with what is told of its choice. An error, the usage and the end have none."""
+    start = chunk.find(_CHOICES + "{") + len(_CHOICES)  # inside a JSON text, each of its quotes would have a backslash
+    if start < len(_CHOICES) or not any(fresh.values()):
+        return chunk
+    choice, end = _read_json(chunk, start)
+    numbers = fresh.pop(choice["index"], None)
+    if not numbers:
+        return chunk
+    return f'{chunk[: end - 1]},"token_weight_versions":{json.dumps(numbers, separators=(",", ":"))}{chunk[end - 1 :]}'
 
 
 # --- V1's engine core ---------------------------------------------------------------------------------------------------

@@ -38,13 +38,32 @@ def version_of(owner: Any) -> int:
     return int(vars(getattr(owner, "output_processor", owner)).get(_VERSION, 0))
 
 
+def is_updating(engine: Any) -> bool:
+    """Whether an update of this engine is under way."""
+    return engine in _updating
+
+
+def paused_for(engine: Any) -> str | None:
+    """Why the engine stays paused: its last update left weights that may be mixed. None where it does not."""
+    return _unfinished.get(engine)
+
+
 def before_step(engine: Any) -> None:
-    """Raises WeightUpdateError where the last update left weights that may be mixed; ends what a guarded call began."""
+    """Raises WeightUpdateError where the last update left weights that may be mixed; ends what a guarded call began, and makes
+    an update of what the caller's own code did to the model."""
     from vllm_compat.weights import guard
 
     guard.settle(engine)
+    guard.look(engine)
     if engine in _unfinished and engine not in _updating:
         raise WeightUpdateError(f"{_unfinished[engine]} {_STAYS}")
+
+
+def after_step(engine: Any) -> None:
+    """A synchronous engine has done a step."""
+    from vllm_compat.weights import guard
+
+    guard.stepped(engine)
 
 
 class weight_update:
@@ -71,6 +90,7 @@ class weight_update:
         self._asked = version
         self._async = not hasattr(self.engine, "step")
         self._paused_before = False
+        self.changed: frozenset[str] = frozenset()  # once it is over: the parameters that are not what they were
         self._failed: BaseException | None = None  # a `load` that changed nothing in the end, and that nobody repeated
 
     def load(
@@ -120,7 +140,8 @@ class weight_update:
     # --- the phases ----------------------------------------------------------------------------------------------------
 
     def _enter(self) -> Steps:
-        self._begin()
+        self.check()
+        _updating.add(self.engine)
         try:
             answers = yield "core", "begin", {}
             if not all(answer["resting"] for answer in answers):
@@ -172,6 +193,7 @@ class weight_update:
             if answer["warning"]:
                 warnings.warn(f"after the weight update: {answer['warning']}", VllmCompatWarning, stacklevel=5)
         assert self.version is not None
+        self.changed = frozenset(name for answer in answers for name in answer["changed"])
         setattr(getattr(self.engine, "output_processor", self.engine), _VERSION, self.version)
         _unfinished.pop(self.engine, None)
         if not (alone or self._paused_before):
@@ -201,7 +223,8 @@ class weight_update:
         if not self._paused_before:
             yield "core", "resume", {}
 
-    def _begin(self) -> None:
+    def check(self) -> None:
+        """Raises WeightUpdateError where this block would be refused before the engine is asked."""
         if self._async and not hasattr(self.engine, "engine_core"):
             raise WeightUpdateError("V0's AsyncLLMEngine is not supported: use LLM or LLMEngine, whose steps your own code runs")
         config = getattr(self.engine, "vllm_config", None)
@@ -217,7 +240,6 @@ class weight_update:
             raise WeightUpdateError(f"a weight version is an int, not {self._asked!r}")
         if self.engine in _updating:
             raise WeightUpdateError("another weight update of this engine is under way: one at a time")
-        _updating.add(self.engine)
 
     def _stuck(self, why: str) -> None:
         """The engine stays paused. Whoever waits for a token is told; on a synchronous engine the next step tells."""

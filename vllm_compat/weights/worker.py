@@ -22,6 +22,7 @@ _UPSTREAM_ROUTE = (
     "fused experts, MLA)"
 )
 _PROBES = 16  # rows of a packed layer's fixed input
+loads = 0  # how often the loader of a model that is watched was called in this process
 
 
 class _State:
@@ -72,7 +73,7 @@ def _model(worker: Any) -> Any:
 
 
 def fingerprint(worker: Any) -> dict[str, str]:
-    """Parameter or buffer -> checksum of its bytes: two sums over its 32-bit words, so one pass over the weights.
+    """Parameter or buffer -> checksum of its bytes: two sums over its 64-bit words, modulo 2^64.
 
     A change that keeps the sum of all words and that of every other word is not seen. A layer whose weight vLLM packed away has
     no bytes to read: what it answers to a fixed input stands for it, and a change below that answer's rounding is not seen.
@@ -107,14 +108,22 @@ def _packed(module: Any) -> bool:
 def _checksum(value: Any) -> str:
     import torch
 
-    words = value.detach().contiguous().view(-1).view(torch.uint8)
-    words = words.view(torch.int32) if words.numel() % 4 == 0 else words
-    return f"{int(words.sum(dtype=torch.int64))} {int(words[::2].sum(dtype=torch.int64))}"
+    data = value.detach().contiguous().view(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()  # only what is aligned can be seen as words
+    whole = data.numel() // 8 * 8
+    # 64 bits are summed as they are: what is widened on the way takes 20 times as long.
+    words, rest = data[:whole].view(torch.int64), data[whole:]
+    sums = torch.stack((words.sum(), words[::2].sum(), rest.sum(dtype=torch.int64)))
+    return " ".join(map(str, sums.tolist()))  # one wait for the device
 
 
 def _changed(worker: Any) -> list[str]:
-    state, now = _state(worker), fingerprint(worker)
-    return sorted(name for name in {*now, *state.baseline} if now.get(name) != state.baseline.get(name))
+    return _other(fingerprint(worker), _state(worker).baseline)
+
+
+def _other(now: dict[str, str], before: dict[str, str]) -> list[str]:
+    return sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
 
 
 def _replicated(worker: Any, found: dict[str, str]) -> dict[str, str]:
@@ -134,6 +143,22 @@ def _baseline(worker: Any, anew: bool = False) -> dict[str, Any]:
         _forget_half_done(worker)
     if anew or not state.baseline:
         state.baseline = fingerprint(worker)
+    return {}
+
+
+def _watch(worker: Any) -> dict[str, Any]:
+    """Know the weights an engine starts with, and count the calls of its model's loader: the caller's own code may reach it."""
+    _baseline(worker)
+    model = _model(worker)
+    load = model.load_weights
+
+    @functools.wraps(load)
+    def load_weights(*args: Any, **kwargs: Any) -> Any:
+        global loads
+        loads += 1
+        return load(*args, **kwargs)
+
+    model.load_weights = load_weights
     return {}
 
 
@@ -201,7 +226,7 @@ def _rollback(worker: Any) -> dict[str, Any]:
             "this engine packs its weights, and the old ones came by a transport of your own: nobody kept them"
         )
     now = fingerprint(worker)
-    other = sorted(n for n in {*now, *state.baseline} if now.get(n) != state.baseline.get(n))
+    other = _other(now, state.baseline)
     state.drop()
     if other:
         raise WeightUpdateError(f"{other[0]} is not what it was ({len(other)} parameters)")
@@ -214,9 +239,10 @@ def _drop(worker: Any) -> dict[str, Any]:
     return {}
 
 
-def _changes(worker: Any) -> dict[str, Any]:
-    changed, every = _changed(worker), [*_state(worker).baseline]
-    return {"changed": changed, "unchanged": sorted(set(every) - set(changed))}
+def _changes(worker: Any, parameters: bool = False) -> dict[str, Any]:
+    """``parameters``: of these alone. A model's own steps may write its buffers."""
+    only = dict(_model(worker).named_parameters()) if parameters else None
+    return {"changed": [name for name in _changed(worker) if only is None or name in only]}
 
 
 def _finish(worker: Any) -> dict[str, Any]:
@@ -224,7 +250,10 @@ def _finish(worker: Any) -> dict[str, Any]:
     from vllm_compat import proof
 
     state, now = _state(worker), fingerprint(worker)
-    found = {"report": proof.worker_report(worker, updated=True), "replicated": _replicated(worker, now), "rank": worker.rank}
+    found = {
+        "report": proof.worker_report(worker, updated=True), "replicated": _replicated(worker, now), "rank": worker.rank,
+        "changed": _other(now, state.baseline),
+    }  # fmt: skip
     state.own = state.incoming is not None or (state.own and now == state.baseline)
     before = state.last
     if state.incoming is not None and state.reloads:
@@ -240,8 +269,8 @@ def _finish(worker: Any) -> dict[str, Any]:
 
 
 _COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
-    "baseline": _baseline, "stage": _stage, "commit": _commit, "rollback": _rollback, "drop": _drop, "changes": _changes,
-    "finish": _finish,
+    "baseline": _baseline, "watch": _watch, "stage": _stage, "commit": _commit, "rollback": _rollback, "drop": _drop,
+    "changes": _changes, "finish": _finish,
 }  # fmt: skip
 
 
