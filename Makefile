@@ -11,7 +11,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 WORKERS ?= 2
 TESTED := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: setup demo test test-fast lint bench sources matrix releases evidence rl-parity rl-parity-smoke clean
+.PHONY: setup demo test test-fast lint bench sources matrix releases evidence rl-parity rl-parity-smoke integrations gpu-reference clean
 
 setup: $(VENV)/.ready
 
@@ -78,6 +78,15 @@ rl-parity: setup
 
 rl-parity-smoke: setup
 	$(RUN) examples/rl_parity/smoke.py
+
+# Other people's trainers without and with vllm_compat (docs/integrations/): CLIENTS="trl_colocate openai_client", or all.
+integrations: setup
+	$(RUN) examples/integrations/run.py $(CLIENTS)
+
+# The reference run on a card (docs/gpu_reference.md), with the vLLM that RUN's Python has: RUN=python3 for your own
+# environment; ARGS="--device cpu" rehearses it. Exit code 3: the same command goes on.
+gpu-reference:
+	$(RUN) -m vllm_compat gpu-reference $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -33,7 +33,8 @@ def _write(args: Any) -> None:
         # one model draw different tokens.
         raise CheckFailed(
             "the ranks of this engine are started one by one and must share a seed that only you can give them: "
-            "pass seed=<your own> to every rank"
+            "pass seed=<your own> to every rank; or, where your framework gives each engine its own and one of them cannot be "
+            "told from vLLM's default (TRL's 0), set VLLM_COMPAT_UNSHARED_ENGINE_SEED=0"
         )
     args.seed = secrets.randbelow(2**31 - 1) + 1
 

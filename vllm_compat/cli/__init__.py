@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vllm_compat.cli import diagnose, doctor, lock, profiles, record, releases, validate
+from vllm_compat.cli import diagnose, doctor, gpu_reference, lock, profiles, record, releases, validate
 from vllm_compat.errors import VllmCompatError
 from vllm_compat.version import __version__
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vllm-compat", description="V0-equivalent rollouts from vLLM.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (doctor, record, validate, lock, releases, profiles, diagnose):
+    for module in (doctor, record, validate, lock, releases, profiles, diagnose, gpu_reference):
         module.add_arguments(commands)
     args = parser.parse_args(argv)
     try:

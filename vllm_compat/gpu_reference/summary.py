@@ -1,0 +1,73 @@
+"""The report of a reference run: every step with its outcome, the pictures of what was validated, and others' figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from vllm_compat.gpu_reference.steps import Choice, Step
+from vllm_compat.html_report import _STYLE, _picture, _section, _table
+from vllm_compat.pictures import histogram, number
+
+# What others have published: (what, figure, source). Their models, cards and engines are not ours.
+ANCHORS = (
+    ("rollout/trainer probabilities, Pearson r, before and after a float32 head (MiniMax-M1)", "0.987319 → 0.997135",
+     "arXiv 2506.13585, Fig. 3"),
+    ("importance ratios outside [0.9, 1.1], vLLM against transformers, Qwen2.5-0.5B-Instruct", "7.5 %", "trl#6789"),
+    ("the same, float32 trainer", "3.7 %", "trl#6789"),
+    ("the same, the trainer against itself at another batch size (the floor)", "8.0 %", "trl#6789"),
+    ("batch invariance, Qwen3-8B, 1000 sequences: default, deterministic, improved", "26 s, 55 s, 42 s",
+     "Thinking Machines, 2025-09-10"),
+    ("batch invariance, vLLM and TorchTitan, Qwen3-1.7B", "KL 0, 2.4 × slower", "vLLM blog, 2025-11-10"),
+)  # fmt: skip
+
+
+def build(choice: Choice, steps: Sequence[Step], state: Mapping[str, Any], run_by: Mapping[str, Any]) -> dict[str, Any]:
+    """report.json's content: plain data."""
+    rows = []
+    for step in steps:
+        row = {"step": step.name, "shows": step.shows, "shows_not": step.shows_not, "judged": step.judged,
+               **state.get(step.name, {"state": "to do", "reason": None, "seconds": None, **run_by})}  # fmt: skip
+        if step.out is not None and row["state"] in ("done", "a band failed"):
+            found = json.loads((step.out / "report.json").read_text(encoding="utf-8"))
+            row |= {"bands": {band["metric"]: [band["value"], band["limit"], band["held"]] for band in found["bands"]}}
+            row |= {"made_by_device": found["found"]["made_by"]["device"]}
+        rows.append(row)
+    notes = []
+    if choice.device == "cpu":
+        notes.append("A rehearsal on a CPU: nothing here is evidence about a GPU.")
+    if run_by["vllm"] is None:
+        notes.append("No vLLM is installed here: only the steps that need torch alone ran.")
+    return {**run_by, "notes": notes, "steps": rows, "anchors": [list(row) for row in ANCHORS]}
+
+
+def write(choice: Choice, steps: Sequence[Step], data: Mapping[str, Any]) -> None:
+    """report.json and report.html into the run's folder."""
+    (choice.out / "report.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+    title = f"Reference run on {data['device']}, vLLM {data['vllm']}"
+    rows = [
+        [escape(f"{row['step']}"), escape(row["state"]), escape(row["reason"] or ""), number(row["seconds"]),
+         escape(row["shows"]), escape(row["shows_not"])]
+        for row in data["steps"]
+    ]  # fmt: skip
+    pictures = []
+    for step, row in zip(steps, data["steps"]):
+        if "bands" in row and step.out is not None:
+            found = json.loads((step.out / "report.json").read_text(encoding="utf-8"))
+            held = sum(band[2] for band in row["bands"].values())
+            caption = f"{step.name}: {held} of {len(row['bands'])} bands held, on {row['made_by_device']}"
+            pictures.append(_picture(histogram(found["histogram"]), caption))
+    body = [
+        f"<header><h1>{escape(title)}</h1>", *(f'<p class="note">{escape(note)}</p>' for note in data["notes"]), "</header>",
+        _section("Steps", "A step that was not run says why.", _table(
+            ("step", "outcome", "why", "seconds", "shows", "does not show"), rows, (3,))),
+        _section("What was validated", "|Δlogprob| in nats; each step's own report.html lies in its folder.", *pictures),
+        _section("Figures of others", "For comparison: other models, cards and engines.", _table(
+            ("what", "figure", "source"), [[escape(cell) for cell in row] for row in data["anchors"]])),
+    ]  # fmt: skip
+    (choice.out / "report.html").write_text(
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+        f"</head>\n<body>{chr(10).join(body)}</body></html>\n", encoding="utf-8",
+    )  # fmt: skip
