@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -113,8 +114,6 @@ class Loop:
 
     def _stop(self, child: subprocess.Popen[bytes]) -> None:
         """An interrupt to the step and what it started: it saves its parts; after a while it is ended."""
-        import os
-
         for number in (signal.SIGINT, signal.SIGKILL):
             try:
                 os.killpg(child.pid, number)
