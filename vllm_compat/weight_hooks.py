@@ -166,6 +166,16 @@ def _guarded_async(original: Any, module: Any) -> Any:
     return collective_rpc
 
 
+def _resuming(original: Any, module: Any) -> Any:
+    async def resume_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_compat.weights import guard
+
+        if await guard.resuming(self):
+            await original(self, *args, **kwargs)
+
+    return resume_generation
+
+
 def _serve_weights(original: Any, module: Any) -> Any:
     def build_app(args: Any, *more: Any, **kwargs: Any) -> Any:
         from vllm_compat.weights import http
@@ -257,6 +267,7 @@ WEIGHTS = (
     _patch("guard", Role.FRONT, "vllm.v1.engine.llm_engine:LLMEngine.collective_rpc", _guarded, "method"),
     _patch("v0_guard", Role.FRONT, "vllm.engine.llm_engine:LLMEngine.collective_rpc", _guarded, "method", versions=V0_ENGINE),
     _patch("guard_async", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", _guarded_async, "method"),
+    _patch("resuming", Role.FRONT, "vllm.v1.engine.async_llm:AsyncLLM.resume_generation", _resuming, versions=">=0.12.0"),
     _patch(
         "serve_weights", Role.FRONT, "vllm.entrypoints.openai.api_server:build_app", _serve_weights, "args", versions="<0.29.0"
     ),

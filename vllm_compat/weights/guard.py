@@ -7,8 +7,8 @@ calls) is recognised by what it does: the workers compare checksums of their wei
 
 - ``bracket`` (default): the engine comes to rest before the call. Where it changed weights, the engine stays at rest, so that
   further calls belong to the same update (one parameter a call is a common transport), and goes on, with a new version, once
-  none came for `SETTLE` seconds; a synchronous engine, at its next step. What earlier updates had changed and this one did not
-  is logged: part of it may be missing.
+  none came for `SETTLE` seconds, or the caller ends a pause of his own; a synchronous engine, at its next step. What earlier
+  updates had changed and this one did not is logged: part of it may be missing.
 - ``refuse``: WeightUpdateError, before the call where its name says what it does, else after it, with the engine left at rest.
 - ``allow``: as vLLM does it.
 
@@ -226,15 +226,28 @@ def _keep(task: Any) -> None:
 
 
 async def _settle_async(engine: Any, series: _Series) -> None:
+    try:
+        await _complete(engine, series)
+    except WeightUpdateError as error:
+        _log.error("vllm_compat: %s", error)  # nobody waits for this task; whoever waits for a token has been told
+
+
+async def resuming(engine: Any) -> bool:
+    """The caller ends a pause of his own: what was called before it is one update, complete now. Returns and raises as
+    `update.resumed`; also where that update cannot be completed, before anything goes on."""
+    series = _open.get(engine)
+    if series is not None:
+        await _complete(engine, series)
+    return updates.resumed(engine)
+
+
+async def _complete(engine: Any, series: _Series) -> None:
     async with series.lock:
         if _open.get(engine) is not series:
             return
         _open.pop(engine, None)
-        try:
-            await series.block._drive_async(series.block._exit(None))
-            _tell(engine, series.block)
-        except WeightUpdateError as error:
-            _log.error("vllm_compat: %s", error)  # nobody waits for this task; whoever waits for a token has been told
+        await series.block._drive_async(series.block._exit(None))
+        _tell(engine, series.block)
 
 
 def _look(series: _Series, parameters: bool = False) -> updates.Steps:
@@ -245,13 +258,13 @@ def _look(series: _Series, parameters: bool = False) -> updates.Steps:
 
 def _untouched(block: updates.weight_update) -> updates.Steps:
     """Nothing changed: as if the call had not been bracketed."""
-    updates._updating.discard(block.engine)
+    updates._updating.pop(block.engine, None)
     if not block._paused_before and block.engine not in updates._unfinished:
         yield "core", "resume", {}
 
 
 def _refused(series: _Series, method: Any) -> WeightUpdateError:
-    updates._updating.discard(series.block.engine)
+    updates._updating.pop(series.block.engine, None)
     names = sorted(series.changed)
     series.block._stuck(f"{method} changed {names[0]} and {len(names) - 1} more parameters outside a weight update.")
     return WeightUpdateError(f"{updates._unfinished[series.block.engine]} {updates._STAYS}")

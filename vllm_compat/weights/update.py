@@ -24,7 +24,7 @@ _DOOR = "vllm_compat_update"
 _VERSION = "_vllm_compat_weight_version"
 _TIMEOUT = 600.0
 
-_updating: weakref.WeakSet[Any] = weakref.WeakSet()
+_updating: weakref.WeakKeyDictionary[Any, weight_update] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakSet[Any] = weakref.WeakSet()  # their workers have a fingerprint to compare with
 _unfinished: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # weights may be mixed: engine -> why
 
@@ -46,6 +46,21 @@ def is_updating(engine: Any) -> bool:
 def paused_for(engine: Any) -> str | None:
     """Why the engine stays paused: its last update left weights that may be mixed. None where it does not."""
     return _unfinished.get(engine)
+
+
+def resumed(engine: Any) -> bool:
+    """The caller of an `AsyncLLM` ends a pause of his own. False where his resume must not reach the engine core now: it would
+    let steps run inside an update, whose end resumes the engine. Raises WeightUpdateError where the last update left weights
+    that may be mixed."""
+    plan = of(engine.vllm_config)
+    if plan is None or plan["synchronized_weight_update"].state is not State.NATIVE:
+        return True  # before 0.17.0 vLLM's pause is not the one that holds the steps
+    if engine in _updating:
+        _updating[engine]._paused_before = False
+        return False
+    if engine in _unfinished:
+        raise WeightUpdateError(f"{_unfinished[engine]} {_STAYS}")
+    return True
 
 
 def before_step(engine: Any) -> None:
@@ -141,7 +156,7 @@ class weight_update:
 
     def _enter(self) -> Steps:
         self.check()
-        _updating.add(self.engine)
+        _updating[self.engine] = self
         try:
             answers = yield "core", "begin", {}
             if not all(answer["resting"] for answer in answers):
@@ -155,7 +170,7 @@ class weight_update:
                 _raise_first((yield "workers", "baseline", {}))
                 _seen.add(self.engine)
         except BaseException:  # also an interrupt, or a cancelled task
-            _updating.discard(self.engine)
+            _updating.pop(self.engine, None)
             if self.engine not in _unfinished and not self._paused_before:  # nothing has changed, so the engine may go on
                 yield "core", "resume", {}
             raise
@@ -177,7 +192,7 @@ class weight_update:
             else:
                 yield from self._broken(failed)
         finally:
-            _updating.discard(self.engine)
+            _updating.pop(self.engine, None)
 
     def _finish(self) -> Steps:
         try:
