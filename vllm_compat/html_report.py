@@ -7,55 +7,9 @@ from html import escape
 from typing import Any
 
 from vllm_compat import pictures
+from vllm_compat.html_page import frame, picture, section, table
 from vllm_compat.pictures import number
 from vllm_compat.recording import KINDS
-
-# Blue, orange and green of M. Okabe and K. Ito, "Color Universal Design" (2008); lighter ones on dark. Nothing is told by
-# color alone: the floor is an outline or gray, percentiles are dashed, a verdict is a word.
-_STYLE = """
-:root{--bg:#fff;--fg:#1b1b1b;--muted:#5a5a5a;--grid:#e3e3e3;--found:#0072b2;--floor:#6f6f6f;--bad:#b3261e;--ok:#00664b;
---sampled:#0072b2;--prompt:#c77700;--prefix:#009e73;--lonely:#b3261e;--outer:#e9f1f7;--inner:#cfe3f1;--card:#f6f6f6}
-@media (prefers-color-scheme:dark){:root{--bg:#15181b;--fg:#e8e8e8;--muted:#a9a9a9;--grid:#31363b;--found:#56b4e9;
---floor:#b0b0b0;--bad:#ff8a7a;--ok:#5fd3ac;--sampled:#56b4e9;--prompt:#e69f00;--prefix:#3fd0a0;--lonely:#ff8a7a;
---outer:#1d2833;--inner:#263c4f;--card:#1e2226}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:1rem;max-width:64rem;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif}
-h1{font-size:1.3rem;margin:.2rem 0}h2{font-size:1.15rem;margin:2.2rem 0 .3rem}p{margin:.4rem 0}
-.verdict{display:inline-block;padding:.15rem .7rem;border-radius:.4rem;border:2px solid;font-weight:700}
-.ok{color:var(--ok)}.bad{color:var(--bad)}.muted,.read{color:var(--muted)}.read{max-width:46rem}
-.note{border-left:4px solid var(--prompt);padding:.2rem .7rem;background:var(--card)}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.87rem;margin:.5rem 0}
-th,td{text-align:left;padding:.22rem .6rem;border-bottom:1px solid var(--grid);vertical-align:top}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.wide{overflow-wrap:anywhere;min-width:14rem}
-thead th{border-bottom:2px solid var(--muted)}
-code{font:.86em ui-monospace,monospace;overflow-wrap:anywhere}
-code.whole{white-space:nowrap}
-table.heat td{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums;border:1px solid var(--bg)}
-table.heat td.none{color:var(--muted);text-align:center}
-table.heat th[scope=row]{min-width:7rem}
-.legend span{display:inline-block;padding:0 .5rem;font-size:.8rem}
-figure{margin:.4rem 0}figcaption{font-weight:600}
-svg{display:block;width:100%;height:auto;max-width:48rem;min-width:26rem}
-.row svg{min-width:20rem}
-.row{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:.5rem 1rem}
-svg text{font:13px system-ui,sans-serif;fill:var(--muted)}svg text.name{fill:var(--fg)}svg text.small{font-size:12px}
-.grid{stroke:var(--grid);stroke-width:1}rect.found{fill:var(--found)}
-polyline{fill:none;stroke-linejoin:round}polyline.floor{stroke:var(--floor);stroke-width:2}
-polyline.found{stroke:var(--found)}.line{stroke-width:2.2}.dashed{stroke-dasharray:6 4;stroke-width:1.6}
-.diagonal{stroke:var(--muted);stroke-width:1}
-.dot{fill:none;stroke-width:4.5;stroke-linecap:round;opacity:.55}
-.sampled{stroke:var(--sampled)}.prompt{stroke:var(--prompt)}.prefix{stroke:var(--prefix)}
-.dot.lonely{stroke:var(--lonely);opacity:1;stroke-width:7}.band.outer{fill:var(--outer)}.band.inner{fill:var(--inner)}
-.key{display:inline-block;width:1.5em;height:0;border-top:3px solid;vertical-align:middle;margin:0 .3em 0 .9em}
-.key.found{border-color:var(--found)}.key.floor{border-color:var(--floor)}.key.dash{border-top-style:dashed}
-.key.round{width:.7em;height:.7em;border:0;border-radius:50%}
-.key.sampled{background:var(--sampled)}.key.prompt{background:var(--prompt)}.key.prefix{background:var(--prefix)}
-.key.lonely{background:var(--lonely)}
-summary{cursor:pointer;font-weight:600;margin:.6rem 0}
-@media print{body{max-width:none}details{display:block}}
-"""
 
 
 def page(data: Mapping[str, Any]) -> str:
@@ -79,11 +33,7 @@ def page(data: Mapping[str, Any]) -> str:
         _reported(found["made_by"].get("reported")),
         _metrics(data["metrics"]),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>{chr(10).join(parts)}</body></html>\n"
-    )
+    return frame(title, parts)
 
 
 def who(made_by: Mapping[str, Any]) -> str:
@@ -107,27 +57,6 @@ def limit(band: Mapping[str, Any]) -> tuple[str, str]:
     return batch, "–" if rounding is None else f"{number(band['rounding_factor'])} × {number(rounding)}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), css: str = "") -> str:
-    """Cells are HTML already. ``numbers``: which columns are right-aligned."""
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(f"<{tag}{' class=n' if i in numbers else ''}>{cell}</{tag}>" for i, cell in enumerate(row))
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="{css}"><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def _section(title: str, read: str, *content: str) -> str:
-    return f'<section><h2>{escape(title)}</h2><p class="read">{read}</p>{"".join(content)}</section>'
-
-
-def _picture(svg: str, caption: str = "") -> str:
-    named = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure>{named}<div class="scroll">{svg}</div></figure>'
-
-
 def _key(*entries: tuple[str, str]) -> str:
     return '<p class="muted">' + "".join(f'<span class="key {css}"></span>{escape(name)}' for css, name in entries) + "</p>"
 
@@ -146,7 +75,7 @@ def _verdicts(bands: Sequence[Mapping[str, Any]]) -> str:
         "Formulas are at the end."
     )
     head = ["verdict", "metric", "measured", "limit", "factor × batch floor", "factor × rounding floor"]
-    return _section("Bands", read, _table(head, rows, (2, 3, 4, 5)))
+    return section("Bands", read, table(head, rows, (2, 3, 4, 5)))
 
 
 def _histogram(data: Mapping[str, Any]) -> str:
@@ -160,9 +89,9 @@ def _histogram(data: Mapping[str, Any]) -> str:
         "Every compared token's Δ. Right of 0 the engine gives the token more probability than the reference. "
         "Both axes are logarithmic; the bar in the middle is no difference at all. Good: found lies where the floor does."
     )
-    return _section(
-        "Histogram of Δlogprob", read, _picture(pictures.histogram(data["histogram"])), _SIDES,
-        _table(["nats", *names], rows, range(1, 6)),
+    return section(
+        "Histogram of Δlogprob", read, picture(pictures.histogram(data["histogram"])), _SIDES,
+        table(["nats", *names], rows, range(1, 6)),
     )  # fmt: skip
 
 
@@ -178,12 +107,12 @@ def _scatter(data: Mapping[str, Any]) -> str:
         f" ({removed['found']} by found, {removed['reference']} by the reference)" + (", on the edge." if alone else ".")
     )
     key = [(f"round {kind}", f"{kind} rows") for kind in KINDS] + ([("round lonely", "removed by one side")] if alone else [])
-    return _section(
+    return section(
         "Logprobs, found over reference",
         f"On the diagonal both sides agree. {escape(words)}",
         '<div class="row">',
-        _picture(pictures.scatter(shown, probability=False), "logprobs"),
-        _picture(pictures.scatter(shown, probability=True), "the same as probabilities"),
+        picture(pictures.scatter(shown, probability=False), "logprobs"),
+        picture(pictures.scatter(shown, probability=True), "the same as probabilities"),
         "</div>",
         _key(*key),
     )
@@ -196,7 +125,7 @@ def _drift(data: Mapping[str, Any]) -> str:
         "Prompt rows: the prompt's own tokens. Sampled rows: only while both sides sampled the same tokens."
     )
     drawn = [
-        _picture(pictures.drift(data["positions"], kind), f"{kind} rows")
+        picture(pictures.drift(data["positions"], kind), f"{kind} rows")
         for kind in ("prefix", "prompt", "sampled")
         if any(one["kind"] == kind and one["count"] for one in data["positions"])
     ]
@@ -204,7 +133,7 @@ def _drift(data: Mapping[str, Any]) -> str:
         ("found", "found, mean"), ("found dash", "found, 95th percentile"), ("floor", "floor, mean"),
         ("floor dash", "floor, 95th percentile"),
     )  # fmt: skip
-    return _section("Drift by position", read, '<div class="row">', *drawn, "</div>", key)
+    return section("Drift by position", read, '<div class="row">', *drawn, "</div>", key)
 
 
 def _ratio(ratio: Mapping[str, Any]) -> str:
@@ -216,9 +145,9 @@ def _ratio(ratio: Mapping[str, Any]) -> str:
         "The importance ratio exp(−Δ) = p(reference) / p(found) of every token, sorted: what a trainer that computes the "
         "reference's logprobs multiplies the advantage by. Good: a flat line at 1. PPO with ε = 0.2 clips outside [0.8, 1.2]."
     )
-    return _section(
-        "Ratio band", read, _picture(pictures.ratios(ratio)), _SIDES,
-        _table(["share of tokens", "inside [0.9, 1.1]", "inside [0.8, 1.2]"], rows, (1, 2)),
+    return section(
+        "Ratio band", read, picture(pictures.ratios(ratio)), _SIDES,
+        table(["share of tokens", "inside [0.9, 1.1]", "inside [0.8, 1.2]"], rows, (1, 2)),
     )  # fmt: skip
 
 
@@ -231,7 +160,7 @@ def _heat(data: Mapping[str, Any]) -> str:
     left, unlisted = (sum(cell[name] for cell in cells) for name in ("diverged", "unlisted"))
     words = [f"{left} sampled steps are left out, since an earlier token already differs."] if left else []
     words += [f"{unlisted} tokens are in one side's list only and not compared."] if unlisted else []
-    return _section("By sampling setting", read, pictures.heat_map(cells), *(f"<p>{word}</p>" for word in words))
+    return section("By sampling setting", read, pictures.heat_map(cells), *(f"<p>{word}</p>" for word in words))
 
 
 def _worst(worst: Sequence[Mapping[str, Any]]) -> str:
@@ -244,7 +173,7 @@ def _worst(worst: Sequence[Mapping[str, Any]]) -> str:
     ]  # fmt: skip
     head = ["setting", "kind", "prompt", "position", "found", "reference", "|Δ|"]
     read = "The greatest |Δ| of the reference's token, of each setting and kind, worst first (at most 12; report.json has all)."
-    return _section("Worst rows", read, _table(head, rows, range(2, 7)))
+    return section("Worst rows", read, table(head, rows, range(2, 7)))
 
 
 def _provenance(found: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
@@ -261,13 +190,13 @@ def _provenance(found: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
         [escape(name.replace("_", " ")), *(f"<code>{escape(str(one.get(name, '–')))}</code>" for one in (ours, theirs))]
         for name in names
     ]
-    return _section("What was compared with what", "", _table(["", "found", "reference"], rows, css="wide"))
+    return section("What was compared with what", "", table(["", "found", "reference"], rows, css="wide"))
 
 
 def _reported(reported: Mapping[str, Any] | None) -> str:
     title = "What the engine's processes reported"
     if reported is None:
-        return _section(title, "Nothing: no vllm_compat was active in it.")
+        return section(title, "Nothing: no vllm_compat was active in it.")
     rows = []
     for name, row in reported["behaviors"].items():
         seen = ""
@@ -280,7 +209,7 @@ def _reported(reported: Mapping[str, Any] | None) -> str:
     processes = ", ".join(place(role, rank) for role, rank in reported["processes"])
     word = "proven" if reported["proven"] else "NOT PROVEN"
     read = f"{word}, by RPC, in: {processes}." + "".join(f" {note}." for note in reported["notes"])
-    return _section(title, escape(read), _table(["behavior", "state", "decided by", "why, and what each process saw"], rows))
+    return section(title, escape(read), table(["behavior", "state", "decided by", "why, and what each process saw"], rows))
 
 
 def place(role: str, rank: Any) -> str:
@@ -295,7 +224,7 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> str:
         cells.append([f"<code>{escape(one['name'])}</code>", *values, escape(one["formula"])])
     head = ["metric", "found", "batch floor", "rounding floor", "formula"]
     read = "d = reference − found, a = found, b = reference, r = exp d: the reference stands where a trainer would."
-    table = _table(head, cells, (1, 2, 3))
-    return _section(
-        "All metrics", read, f"<details><summary>{len(rows)} metrics with formulas and floors</summary>{table}</details>"
+    all_of_them = table(head, cells, (1, 2, 3))
+    return section(
+        "All metrics", read, f"<details><summary>{len(rows)} metrics with formulas and floors</summary>{all_of_them}</details>"
     )

@@ -110,23 +110,26 @@ def server(tmp_path_factory, engine):
 
 def test_an_update_in_flight(server):
     """A request that runs goes on over its KV cache: the old weights up to one token, the new ones from it on."""
-    assert server.has(server.old)
-    found: dict[str, Any] = {}
-    running = threading.Thread(target=lambda: found.update(long=server.complete(480)))
-    running.start()
-    time.sleep(0.5)
-    status, answer = server.update(server.new)
-    assert (status, answer["version"]) == (200, 1)
-    assert running.is_alive(), "the request was over before the update"
-    running.join()
-    tokens, logprobs = found["long"]
-    assert len(tokens) == 480
-    old = expected_logprobs(server.old, server.old, PROMPT, tokens, 0)
-    at = next(i for i in range(480) if abs(old[i] - logprobs[i]) > 1e-4)
-    assert 0 < at < 480
-    assert worst(server.old, server.new, found["long"], at) < 1e-4
-    assert server.has(server.new)
-    assert (server.version(), server.status()["proven"]) == (1, True)
+    for _ in range(5):
+        before = server.version()
+        old, new = (server.old, server.new) if server.has(server.old) else (server.new, server.old)
+        found: dict[str, Any] = {}
+        running = threading.Thread(target=lambda found=found: found.update(long=server.complete(480)))
+        running.start()
+        time.sleep(0.2)
+        status, answer = server.update(new)
+        assert (status, answer["version"]) == (200, before + 1)
+        running.join()
+        tokens, logprobs = found["long"]
+        assert len(tokens) == 480
+        expected = expected_logprobs(old, old, PROMPT, tokens, 0)
+        at = next((i for i in range(480) if abs(expected[i] - logprobs[i]) > 1e-4), None)
+        if at:  # not where the update came before the first token, or after the last: a busy machine's doing
+            break
+    assert at
+    assert worst(old, new, found["long"], at) < 1e-4
+    assert server.has(new)
+    assert (server.version(), server.status()["proven"]) == (before + 1, True)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -177,6 +180,7 @@ def test_an_update_in_a_stream(server, path):
 def test_refusals_change_nothing(server):
     """Without the token, outside of the roots, and what the engine itself refuses: an error, and the weights are as before."""
     before = server.version()
+    held = server.new if server.has(server.new) else server.old
     assert server.ask("GET", "/vllm_compat/status", token=None)[0] == 401
     assert server.ask("POST", "/vllm_compat/update_weights", {"source": str(server.new)}, token=TOKEN[:-1])[0] == 401
     assert server.update(Path("/etc"))[0] == 403
@@ -187,7 +191,7 @@ def test_refusals_change_nothing(server):
     assert server.ask("GET", "/vllm_compat/nothing")[0] == 404
     assert server.update(server.new, version=before)[0] == 409
     assert server.version() == before
-    assert server.has(server.new)
+    assert server.has(held)
     assert server.status()["paused"] is None
 
 

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from vllm_compat.gpu_reference.steps import Choice, Step
-from vllm_compat.html_report import _STYLE, _picture, _section, _table
+from vllm_compat.html_page import frame, picture, section, table
 from vllm_compat.pictures import histogram, number
 
 # What others have published: (what, figure, source). Their models, cards and engines are not ours.
@@ -58,16 +58,13 @@ def write(choice: Choice, steps: Sequence[Step], data: Mapping[str, Any]) -> Non
             found = json.loads((step.out / "report.json").read_text(encoding="utf-8"))
             held = sum(band[2] for band in row["bands"].values())
             caption = f"{step.name}: {held} of {len(row['bands'])} bands held, on {row['made_by_device']}"
-            pictures.append(_picture(histogram(found["histogram"]), caption))
+            pictures.append(picture(histogram(found["histogram"]), caption))
     body = [
         f"<header><h1>{escape(title)}</h1>", *(f'<p class="note">{escape(note)}</p>' for note in data["notes"]), "</header>",
-        _section("Steps", "A step that was not run says why.", _table(
+        section("Steps", "A step that was not run says why.", table(
             ("step", "outcome", "why", "seconds", "shows", "does not show"), rows, (3,))),
-        _section("What was validated", "|Δlogprob| in nats; each step's own report.html lies in its folder.", *pictures),
-        _section("Figures of others", "For comparison: other models, cards and engines.", _table(
+        section("What was validated", "|Δlogprob| in nats; each step's own report.html lies in its folder.", *pictures),
+        section("Figures of others", "For comparison: other models, cards and engines.", table(
             ("what", "figure", "source"), [[escape(cell) for cell in row] for row in data["anchors"]])),
     ]  # fmt: skip
-    (choice.out / "report.html").write_text(
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-        f"</head>\n<body>{chr(10).join(body)}</body></html>\n", encoding="utf-8",
-    )  # fmt: skip
+    (choice.out / "report.html").write_text(frame(title, body), encoding="utf-8")
