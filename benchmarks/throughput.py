@@ -1,17 +1,20 @@
-"""Decode throughput and engine start with vllm_compat, against the same vLLM with the same options set by hand.
+"""Decode throughput and engine start with vllm_compat, against the same vLLM with the same options set by hand, and as it comes.
 
-Pairs of fresh processes, alternating which comes first; the ratio of each pair, and the median over the pairs.
+Rounds of three fresh processes, in an order that turns; the ratios of each round, and the median over the rounds. The options by
+hand need vLLM 0.26.0 (`head_dtype`).
 
-    python benchmarks/throughput.py [PAIRS]
+    python benchmarks/throughput.py [ROUNDS] [--model FOLDER] [--engine-args JSON]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "v0_parity" / "model"
@@ -27,7 +30,8 @@ if __name__ == "__main__":
                 hf_overrides={"head_dtype": "float32"})
     more = hand if sys.argv[2] == "hand" else {}
     began = time.perf_counter()
-    llm = LLM(model=sys.argv[1], dtype="bfloat16", enforce_eager=True, gpu_memory_utilization=0.3, max_model_len=512, **more)
+    given = {"enforce_eager": True, "gpu_memory_utilization": 0.3, **json.loads(sys.argv[3])}
+    llm = LLM(model=sys.argv[1], dtype="bfloat16", max_model_len=512, **given, **more)
     start = time.perf_counter() - began
     params = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=200, ignore_eos=True, logprobs=0)
     prompts = [{"prompt_token_ids": [20 + i, 30, 40, 50]} for i in range(32)]
@@ -41,11 +45,12 @@ if __name__ == "__main__":
 """
 
 
-def once(kind: str, script: Path) -> tuple[float, float]:
+def once(kind: str, script: Path, model: Path, engine_args: str) -> tuple[float, float]:
+    """Seconds to start, and tokens a second."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_COMPAT_")}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     done = subprocess.run(
-        [sys.executable, str(script), str(MODEL), kind], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(script), str(model), kind, engine_args], env=environment, capture_output=True, text=True, check=False
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -55,30 +60,30 @@ def once(kind: str, script: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    import tempfile
-
-    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    starts, speeds = [], []
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rounds", type=int, nargs="?", default=5)
+    parser.add_argument("--model", type=Path, default=MODEL, help="default: the shipped tiny one, the overhead at its worst")
+    parser.add_argument("--engine-args", default="{}", help="JSON; eager, and 0.3 of a card's memory, where it says nothing")
+    given = parser.parse_args()
+    names = {"hand": "by hand", "shim": "with vllm_compat", "naive": "as it comes"}
+    kinds, found = list(names), []
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "run.py"
         script.write_text(RUN)
-        once("hand", script)  # warms the file cache
-        for pair in range(pairs):
-            order = ("hand", "shim") if pair % 2 else ("shim", "hand")
-            found = {kind: once(kind, script) for kind in order}
-            starts.append(found["shim"][0] / found["hand"][0])
-            speeds.append(found["shim"][1] / found["hand"][1])
+        once("hand", script, given.model, given.engine_args)  # warms the file cache
+        for number in range(given.rounds):
+            turned = kinds[number % 3 :] + kinds[: number % 3]
+            found.append({kind: once(kind, script, given.model, given.engine_args) for kind in turned})
+            said = ", ".join(f"{found[-1][kind][0]:.1f} s and {found[-1][kind][1]:.0f} tokens/s {names[kind]}" for kind in kinds)
+            print(f"round {number + 1}: {said}", flush=True)
+    for kind, against, limits in (("shim", "hand", (1.05, 0.98)), ("shim", "naive", None), ("hand", "naive", None)):
+        for part, what in ((1, "throughput"), (0, "engine start")):
+            ratios = [row[kind][part] / row[against][part] for row in found]
+            limit = f" (limit {limits[part]})" if limits else ""
             print(
-                f"pair {pair + 1}: start {found['hand'][0]:.1f} s by hand, {found['shim'][0]:.1f} s with vllm_compat; "
-                f"{found['hand'][1]:.0f} and {found['shim'][1]:.0f} tokens/s",
-                flush=True,
+                f"{what} {names[kind]} against {names[against]}: ratio {statistics.median(ratios):.3f}{limit}, "
+                f"of {given.rounds} rounds: {min(ratios):.3f} to {max(ratios):.3f}"
             )
-    print(
-        f"throughput ratio {statistics.median(speeds):.3f} (limit 0.98), of {pairs} pairs: {min(speeds):.3f} to {max(speeds):.3f}"
-    )
-    print(
-        f"engine start ratio {statistics.median(starts):.3f} (limit 1.05), of {pairs} pairs: {min(starts):.3f} to {max(starts):.3f}"
-    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
 """What a weight update costs beyond its copy: `vllm_compat.weight_update` beside vLLM's own pause and resume.
 
-    python benchmarks/weight_update.py [--rounds N] [--pairs N] [--window S] [--requests N] [--hidden N] [--json FILE]
+    python benchmarks/weight_update.py [--transport norms|ipc|group] [--rounds N] [--pairs N] [--window S] [--requests N]
+                                       [--hidden N] [--json FILE]
 
 One `AsyncLLM` with ``--requests`` in flight all the time. The ways, in turn, in an order that changes with the round:
 ``ours``, an `async with weight_update` block; ``vLLM``, ``pause_generation(mode="keep", clear_cache=False)`` and
 ``resume_generation()``; ``core``, the two calls to vLLM's engine core that these make, without what `AsyncLLM` adds (20 ms of
-sleep). Inside each the same copy runs: the model's norms, in place, by one RPC, and 10 ms in which outputs under way arrive.
+sleep). Inside each the same copy runs, and 10 ms in which outputs under way arrive. The copy is ``--transport``'s:
+
+``norms`` (default): the model's norms, in place, by one RPC: hardly anything, so that nothing hides the rest.
+``ipc``: all weights, from tensors of this process that each worker opens: CUDA IPC on a card, shared memory on a CPU; handles
+go by one RPC, and vLLM's ``reload_weights`` takes them in.
+``group``: all weights over `vllm_compat`'s own process group: NCCL, from a second card (a trainer may not share its card with a
+worker), or Gloo on a CPU. Only ``ours`` has that transport, so there is no ratio.
 
 ``quiet``: from the call to the last rank at rest. ``next``: from the last byte to the next token at the caller. ``stall``: the
-sum, which is what a way costs beyond the copy. A ratio is taken within a round. ``ours`` does more before the next token:
+sum, which is what a way costs beyond the ``copy``, whose time is in a column of its own. A ratio is taken within a round. ``ours`` does more before the next token:
 every worker tests its head against the new weights, ranks compare checksums, and the new version reaches the outputs.
 
 Then throughput with an update of all weights from files every 2 seconds, against none, in windows in turn. Needs a vLLM from
@@ -19,15 +26,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
 import os
+import pickle
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +47,22 @@ LIMIT = 1.0
 EVERY = 2.0  # seconds between updates
 
 Way = Callable[[Any], AbstractAsyncContextManager[Any]]
+Send = Callable[[Any, Any], Awaitable[None]]  # engine, what the way's block gave
 
 
 class Copy:
-    """``worker_extension_cls``: the norms, in place, all in one call."""
+    """``worker_extension_cls``: the norms in place, or all weights from another process's tensors, in one call."""
+
+    def load_shared(self, pickled: str) -> int:
+        """``pickled``: [(name, tensor), ...] by torch.multiprocessing, base64. Returns how many."""
+        import torch.multiprocessing
+
+        torch.multiprocessing.set_sharing_strategy("file_system")
+        tensors = pickle.loads(base64.b64decode(pickled))  # from the process that started us
+        self.model_runner.reload_weights(weights_iterator=iter(tensors))  # type: ignore[attr-defined]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return len(tensors)
 
     def copy_norms(self) -> int:
         """Returns how many were copied."""
@@ -111,32 +133,77 @@ async def core(engine: Any) -> AsyncIterator[Any]:
     await engine.engine_core.call_utility_async("resume_scheduler")
 
 
-async def once(engine: Any, load: Load, way: Way) -> dict[str, float]:
+@asynccontextmanager
+async def transport(given: argparse.Namespace, model: Path) -> AsyncIterator[Send]:
+    """How the weights get to the workers."""
+    import torch
+    import torch.multiprocessing
+    from safetensors.torch import load_file
+
+    if given.transport == "norms":
+
+        async def norms(engine: Any, _: Any) -> None:
+            assert all(await engine.collective_rpc("copy_norms"))
+
+        yield norms
+        return
+    cuda = torch.cuda.is_available()
+    # IPC opens tensors of the worker's card; a group wants one of its own for its sender.
+    device = ("cuda:0" if given.transport == "ipc" else f"cuda:{torch.cuda.device_count() - 1}") if cuda else "cpu"
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(model.glob("*.safetensors")):
+        tensors |= load_file(file, device=device)
+    if given.transport == "ipc":
+        torch.multiprocessing.set_sharing_strategy("file_system")
+
+        async def ipc(engine: Any, _: Any) -> None:
+            # Anew each time: a handle is good for one reader, once.
+            pickled = base64.b64encode(bytes(ForkingPickler.dumps(list(tensors.items())))).decode()
+            assert all(await engine.collective_rpc("load_shared", args=(pickled,)))
+
+        yield ipc
+        return
+    from vllm_compat.weights.transports import process_group
+
+    with process_group.Sender(given.tensor_parallel, device=device, timeout=60.0) as sender:
+
+        async def group(_: Any, update: Any) -> None:
+            with sender.send(tensors) as source:
+                await update.load(source)
+
+        yield group
+
+
+async def once(engine: Any, load: Load, way: Way, send: Send) -> dict[str, float]:
     """Milliseconds of one update."""
     began = time.perf_counter()
-    async with way(engine):
+    async with way(engine) as update:
         quiet = time.perf_counter()
-        assert all(await engine.collective_rpc("copy_norms"))
+        await send(engine, update)
+        sent = time.perf_counter()
         await asyncio.sleep(0.01)
         copied = time.perf_counter()
         waiting = asyncio.create_task(load.next())
         await asyncio.sleep(0)
     left = time.perf_counter()
     token = await waiting
-    found = {"quiet": quiet - began, "left": left - copied, "next": token - copied, "stall": quiet - began + token - copied}
+    found = {
+        "quiet": quiet - began, "copy": sent - quiet, "left": left - copied, "next": token - copied,
+        "stall": quiet - began + token - copied,
+    }  # fmt: skip
     return {name: 1e3 * value for name, value in found.items()}
 
 
-async def stalls(engine: Any, load: Load, rounds: int) -> dict[str, list[dict[str, float]]]:
-    ways: dict[str, Way] = {"ours": ours, "vLLM": vllms, "core": core}
+async def stalls(engine: Any, load: Load, rounds: int, send: Send, alone: bool) -> dict[str, list[dict[str, float]]]:
+    ways: dict[str, Way] = {"ours": ours} if alone else {"ours": ours, "vLLM": vllms, "core": core}
     moments, found = random.Random(1), {name: [] for name in ways}
     for way in ways.values():  # what is done once, is done
-        await once(engine, load, way)
+        await once(engine, load, way, send)
     for number in range(rounds):
         names = list(ways)
-        for name in names[number % 3 :] + names[: number % 3]:
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             await asyncio.sleep(moments.uniform(0.03, 0.1))
-            found[name].append(await once(engine, load, ways[name]))
+            found[name].append(await once(engine, load, ways[name], send))
     return found
 
 
@@ -181,7 +248,8 @@ async def measure(given: argparse.Namespace, model: Path) -> dict[str, Any]:
     try:
         while load.tokens < 20 * given.requests:
             await load.next()
-        found: dict[str, Any] = {"stalls": await stalls(engine, load, given.rounds)}
+        async with transport(given, model) as send:
+            found: dict[str, Any] = {"stalls": await stalls(engine, load, given.rounds, send, given.transport == "group")}
         if given.pairs:
             found["throughput"] = await throughput(engine, load, model, given.pairs, given.window)
         return found
@@ -194,6 +262,7 @@ async def measure(given: argparse.Namespace, model: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transport", choices=("norms", "ipc", "group"), default="norms")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--pairs", type=int, default=3, help="of throughput windows; 0: none")
     parser.add_argument("--window", type=float, default=8.0, help="seconds")
@@ -203,6 +272,8 @@ def main() -> int:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write every measurement there")
     given = parser.parse_args()
+    if given.transport == "ipc" and given.tensor_parallel > 1:
+        parser.error("--transport ipc: a handle is for one reader, so --tensor-parallel 1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ["VLLM_COMPAT_UNBRACKETED_UPDATES"] = "allow"  # vLLM's own way is measured as it is
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -219,16 +290,18 @@ def main() -> int:
 
     rounds = found["stalls"]
     ratios = {
-        name: [a["stall"] / b["stall"] for a, b in zip(rounds["ours"], rounds[name], strict=True)] for name in ("vLLM", "core")
+        name: [a["stall"] / b["stall"] for a, b in zip(rounds["ours"], rounds[name], strict=True)]
+        for name in rounds
+        if name != "ours"
     }
     print(
-        f"\nvLLM {version('vllm')}, {given.requests} requests in flight, width {given.hidden}, {given.dtype}, "
+        f"\nvLLM {version('vllm')}, {given.requests} requests in flight, {given.transport}, width {given.hidden}, {given.dtype}, "
         f"TP={given.tensor_parallel}, {given.rounds} rounds, load {os.getloadavg()[0]:.1f}; ms, median (range)"
     )
-    print("| way | quiet | next | stall | ours against it |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| way | quiet | copy | next | stall | ours against it |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, took in rounds.items():
-        cells = [spread([one[part] for one in took]) for part in ("quiet", "next", "stall")]
+        cells = [spread([one[part] for one in took]) for part in ("quiet", "copy", "next", "stall")]
         print(f"| {name} | {' | '.join(cells)} | {spread(ratios[name], 2) if name in ratios else ''} |")
     for pair in found.get("throughput", []):
         print(
@@ -239,6 +312,9 @@ def main() -> int:
         print(f"throughput ratio {spread([pair['updates'] / pair['none'] for pair in pairs], 3)}, of {len(pairs)} pairs")
     if given.json:
         given.json.write_text(json.dumps({"options": {k: str(v) for k, v in vars(given).items()}, **found}, indent=1))
+    if not ratios:
+        print("NOT COMPARED: no other way has this transport")
+        return 0
     ratio = statistics.median(ratios["vLLM"])
     print(f"stall ratio {ratio:.2f} (limit {LIMIT}): {'held' if ratio <= LIMIT else 'MISSED'}")
     return ratio > LIMIT

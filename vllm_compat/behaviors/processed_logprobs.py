@@ -270,6 +270,36 @@ def _dense(rows: Any) -> Any:
     return torch.full((len(ids), PROBE_VOCAB), -torch.inf).scatter_(1, ids, logprobs)
 
 
+def sampled_rows(sampler: Any, config: Any, device: Any) -> float:
+    """The probe's settings through vLLM's sampler, in batches of as many rows as it has room for.
+
+    ``config``: the engine's VllmConfig; ``device``: the sampler's torch.device. Returns the largest difference from V0's
+    formula, in nats. Raises CheckFailed where a row keeps other tokens than V0, or is further from it than 1e-4.
+    """
+    import torch
+    from vllm import SamplingParams
+
+    from vllm_compat.v0_formula import Setting, processed_logprobs
+
+    params = [SamplingParams(**{"max_tokens": 8, **given}) for given in _SETTINGS.values()]
+    logits, room = self_test_logits(), config.scheduler_config.max_num_seqs  # vLLM's logits processors have no more rows
+    sampled = torch.cat(
+        [
+            _dense(
+                sampler(
+                    logits=logits[first : first + room].to(device, copy=True),
+                    sampling_metadata=probe_metadata(config, device, params[first : first + room]),
+                ).logprobs_tensors
+            )
+            for first in range(0, len(params), room)
+        ]
+    )
+    return max(
+        _compare(name, sampled[row], processed_logprobs(logits[row], Setting(**given), _PROMPT, _OUTPUT))
+        for row, (name, given) in enumerate(_SETTINGS.items())
+    )
+
+
 def _worker(worker: Any) -> str:
     import torch
     from vllm import SamplingParams
@@ -283,30 +313,17 @@ def _worker(worker: Any) -> str:
         return "this process does not sample"
     runner, count = worker.model_runner, len(_SETTINGS)
     device = runner.device  # a CPU worker's own is not always set
-    params = [SamplingParams(**{"max_tokens": 8, **given}) for given in _SETTINGS.values()]
-    logits, worst = self_test_logits(), 0.0
-    room = worker.vllm_config.scheduler_config.max_num_seqs  # vLLM's logits processors have no more rows
+    logits = self_test_logits()
     # Eager: the real requests compile what they need later. The noise drawn here is given back.
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"), torch.inference_mode():
-        sampled = torch.cat(
-            [
-                _dense(
-                    runner.sampler(
-                        logits=logits[first : first + room].to(device, copy=True),
-                        sampling_metadata=probe_metadata(worker.vllm_config, device, params[first : first + room]),
-                    ).logprobs_tensors
-                )
-                for first in range(0, count, room)
-            ]
-        )
-        for row, (name, given) in enumerate(_SETTINGS.items()):
-            setting = Setting(**given)
-            worst = max(worst, _compare(name, sampled[row], processed_logprobs(logits[row], setting, _PROMPT, _OUTPUT)))
-            prompt = _prompt_rows(runner, device, logits.to(device), params[row])
+        worst = sampled_rows(runner.sampler, worker.vllm_config, device)
+        for name, given in _SETTINGS.items():
+            prompt = _prompt_rows(runner, device, logits.to(device), SamplingParams(**{"max_tokens": 8, **given}))
             for position in range(count - 1):
-                expected = processed_logprobs(logits[position], setting, prompt_row=True)
+                expected = processed_logprobs(logits[position], Setting(**given), prompt_row=True)
                 worst = max(worst, _compare(f"prompt row, {name}", prompt[position], expected))
+    room = worker.vllm_config.scheduler_config.max_num_seqs
     how = "in one batch" if room >= count else f"{room} at a time"
     return f"sampler and prompt rows, {count} settings {how}, within {worst:.1g} of V0's formula"
 

@@ -28,6 +28,10 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-reference"), metavar="FOLDER", help="default: ./gpu-reference")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help=f"of language, {', '.join([*SHAPES, *REHEARSED])}")
     parser.add_argument("--train-seconds", type=float, default=240, help="of the language model (default 240)")
+    parser.add_argument(
+        "--profiles", type=Path, metavar="FOLDER", help="profiles that get the evidence (default: copies in --out)"
+    )
+    parser.add_argument("--sources", type=Path, metavar="FOLDER", help="with an unpacked vllm/, whose sampler is tested too")
     parser.add_argument("--step", metavar="NAME", help="run this one only")
     parser.add_argument("--steps", action="store_true", help="list the steps with what each shows and does not show")
     parser.add_argument("--limit", type=float, default=480, metavar="S", help="seconds until it stops cleanly (default 480)")
@@ -42,7 +46,14 @@ def run(args: argparse.Namespace) -> int:
         raise RecordingError(f"--models {', '.join(sorted(unknown))}: there are language, {', '.join([*SHAPES, *REHEARSED])}")
     if args.limit <= 0 or args.train_seconds <= 0:
         raise RecordingError("--limit and --train-seconds want a number of seconds above 0")
-    choice = Choice(args.out.resolve(), args.device, models, args.train_seconds)
+    if args.sources is not None and not (args.sources / "vllm" / "v1" / "sample" / "sampler.py").is_file():
+        raise RecordingError(f"--sources {args.sources}: there is no vllm/v1/sample/sampler.py in it; unpack a wheel there")
+    if args.profiles is not None and not list(args.profiles.glob("*.toml")):
+        raise RecordingError(f"--profiles {args.profiles}: there are no profiles (*.toml); a checkout's are in profiles/")
+    choice = Choice(
+        args.out.resolve(), args.device, models, args.train_seconds, args.profiles and args.profiles.resolve(),
+        args.sources and args.sources.resolve(),
+    )  # fmt: skip
     steps = listed(choice)
     if args.steps:
         for step in steps:
@@ -60,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     print(choice.out / "report.html")
     if not finished:
         again = ["vllm-compat", "gpu-reference", "--device", args.device, "--out", str(args.out), "--models", *models]
+        for name in ("profiles", "sources"):
+            again += [f"--{name}", str(vars(args)[name])] if vars(args)[name] else []
         again += ["--train-seconds", str(args.train_seconds), *(["--step", args.step] if args.step else [])]
         print(f"time was up; what is done is kept. Go on with: {shlex.join([*again, '--limit', str(args.limit)])}")
         return MORE
