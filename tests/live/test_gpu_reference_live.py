@@ -45,3 +45,18 @@ def test_rehearsal(tmp_path):
     entries = tomllib.loads((tmp_path / "profiles" / "qwen3.toml").read_text())["evidence"]
     mine = [entry for entry in entries if entry["model"] == "tiny"]
     assert [entry["device"] for entry in mine] == ["cpu"]
+
+
+def test_the_steps_without_a_trainer(tmp_path):
+    """Replays, the sampler, and updates by every transport: each ends, and its figures are in the report."""
+    names = ["model:tiny", "replay:tiny", "sampler", "weight-update-ipc", "weight-update-group"]
+    for name in names:
+        code, said = go(tmp_path, name)
+        assert code == 0, said
+    steps = {row["step"]: row for row in json.loads((tmp_path / "report.json").read_text())["steps"]}
+    for way in ("in a batch", "one at a time"):  # of float32 logprobs on one machine: what is left is the last bits
+        assert steps["replay:tiny"]["bands"][f"scored {way}: largest difference"][0] < 1e-5
+    assert steps["sampler"]["bands"]["nats from V0's formula, worst of all settings"][2]
+    assert any("ours against it" in line for line in steps["weight-update-ipc"]["said"])
+    assert "NOT COMPARED" in steps["weight-update-group"]["said"][-1]
+    assert "weight-update-ipc" in (tmp_path / "report.html").read_text()

@@ -97,7 +97,8 @@ class Loop:
         """Run what is not done; False where time was up first."""
         ends = time.monotonic() + limit
         for step in steps:
-            if self.state.get(step.name, {}).get("state") in (DONE, FAILED):
+            known = self.state.get(step.name, {})
+            if known.get("state") in (DONE, FAILED) or known.get("too_long", 0) >= 0.9 * limit:
                 continue
             left = ends - time.monotonic()
             if left <= 0:
@@ -106,7 +107,11 @@ class Loop:
             if reason:
                 self._put(step, NOT_RUN, reason)
             elif not self._run(step, left):
-                return False
+                if step.resumes or left < 0.9 * limit:
+                    return False
+                self._put(step, NOT_RUN, f"not done in {left:.0f} s, and it would begin again: give a larger --limit")
+                self.state[step.name]["too_long"] = left
+                self._save()
         return True
 
     def _run(self, step: Step, left: float) -> bool:
@@ -165,6 +170,9 @@ class Loop:
     ) -> None:  # fmt: skip
         self.state[step.name] = {"state": state, "reason": reason, "seconds": seconds, "used": list(used), **self.run_by}
         print(f"{step.name}: {state}{f' ({reason})' if reason else ''}", file=sys.stderr, flush=True)
+        self._save()
+
+    def _save(self) -> None:
         self.choice.out.mkdir(parents=True, exist_ok=True)
         part = self._file.with_suffix(".part")
         part.write_text(json.dumps({"run_by": self.run_by, "steps": self.state}, indent=1), encoding="utf-8")

@@ -51,7 +51,7 @@ SHAPES = {
     "Mistral-7B": Shape("mistral", 32_768, 4_096, 14_336, 32, 32, 8, 128),
 }
 REHEARSED = {"tiny": Shape("qwen3", 512, 128, 256, 2, 4, 2, 32)}
-LANGUAGE = {"cuda": Shape("llama", 512, 768, 2_048, 12, 12, 12, 64), "cpu": Shape("llama", 512, 64, 128, 2, 4, 4, 16)}
+LANGUAGE = {"cuda": Shape("llama", 512, 768, 2_048, 12, 12, 12, 64), "cpu": Shape("llama", 512, 64, 128, 2, 2, 2, 32)}
 SHOWS = {
     "seeded": "seeded weights: rounding at this hidden size, vocabulary and depth. Not what a language model's distributions "
     "make of it: they are no language model's.",

@@ -33,7 +33,7 @@ class Step:
     """``words``: what follows `python`. ``after``: steps that have to be done before. ``judged``: a failed band is this
     run's failure, and not what the step is there to show. ``cuda``: what needs a card even in name; ``cards``: how many;
     ``since``: the first vLLM release that has it. ``expects``: of `RAN`'s values, what has to have run for this to show
-    anything."""
+    anything. ``resumes``: goes on where it was interrupted; the others begin again."""
 
     name: str
     words: Sequence[str]
@@ -46,6 +46,7 @@ class Step:
     cuda: bool = False
     cards: int = 1
     expects: str | None = None
+    resumes: bool = False
     since: str = "0.8.5"
     out: Path | None = None  # the folder with report.json
 
@@ -118,7 +119,9 @@ def _model(choice: Choice, name: str) -> list[Step]:
     def record(one: str, *more: str) -> Step:
         words = [*compat, "record", str(model), "--out", str(references[one]), "--engine", "trainer", *more]
         after = [made.name] if one == "float32" else [f"trainer-float32:{name}"]
-        return Step(f"trainer-{one}:{name}", words, f"the trainer's logprobs, {one}, and its own noise", shows_not, after)
+        return Step(
+            f"trainer-{one}:{name}", words, f"the trainer's logprobs, {one}, and its own noise", shows_not, after, resumes=True
+        )
 
     asked = ["--positions", positions, "--top-n", "64"]
     like = ["--dtype", "bfloat16", "--like", str(references["float32"])]
@@ -143,7 +146,7 @@ def _model(choice: Choice, name: str) -> list[Step]:
             kept = choice.profiles / f"{profile_name(name, choice.device)}.toml"
             words += ["--evidence", str(kept), "--kind", "architecture", "--note", SHOWS[kind]]
         return Step(f"{arm}:{name}", words, shows, shows_not, [f"trainer-{reference}:{name}"], environment or {}, vllm=True,
-                    judged=profile == "auto", cuda=cuda, since=since, expects=expects, out=folder)  # fmt: skip
+                    judged=profile == "auto", cuda=cuda, since=since, expects=expects, resumes=True, out=folder)  # fmt: skip
 
     def replayed(arm: str, shows: str, environment: dict[str, str], *, cuda: bool = False, since: str = "0.8.5") -> Step:
         folder = out / name / arm
@@ -151,12 +154,13 @@ def _model(choice: Choice, name: str) -> list[Step]:
         return Step(f"{arm}:{name}", words, shows, shows_not, [made.name], environment, vllm=True, cuda=cuda, since=since,
                     out=folder)  # fmt: skip
 
-    def speed() -> Step:
+    def speed(arm: str, shows: str, environment: dict[str, str], *, cuda_only: bool = False) -> Step:
         large = cuda and name in SHAPES and SHAPES[name].parameters > 2e9
         args = json.dumps({**memory, "enforce_eager": not cuda})
-        words = [str(BENCHMARKS / "throughput.py"), "1" if large or not cuda else "3", "--model", str(model)]
-        return Step(f"throughput:{name}", [*words, "--engine-args", args], "decode throughput and start: as it comes, with the "
-                    "recipe, with the import", shows_not, [made.name], vllm=True, since=HEAD_SINCE)  # fmt: skip
+        words = [str(BENCHMARKS / "throughput.py"), "1" if large or not cuda else "2", "--model", str(model)]
+        return Step(f"{arm}:{name}", [*words, "--engine-args", args], f"decode throughput and start{shows}: as it comes, with "
+                    "the recipe, with the import", shows_not, [made.name], environment, vllm=True, cuda=cuda_only,
+                    since=HEAD_SINCE)  # fmt: skip
 
     installed = vllm_info.installed()
     has_head = installed is None or installed.release >= Version(HEAD_SINCE)
@@ -180,13 +184,14 @@ def _model(choice: Choice, name: str) -> list[Step]:
                  environment={"VLLM_USE_FLASHINFER_SAMPLER": "1"}),
         validate("no-flashinfer", f"{mine}, FlashInfer's sampler off", "auto", {},
                  environment={"VLLM_USE_FLASHINFER_SAMPLER": "0"}),
-        validate("prefix-caching", f"{mine}, but prefix caching on", "auto", {"enable_prefix_caching": True}),
-        validate("async", f"{mine}, but async scheduling on", "auto", {"async_scheduling": True}, since="0.14.0"),
+        validate("prefix-caching", f"{mine}, but prefix caching on", "auto", {"enable_prefix_caching": True}, cuda=False),
+        validate("async", f"{mine}, but async scheduling on", "auto", {"async_scheduling": True}, cuda=False, since="0.14.0"),
         validate("batch-invariant", f"{mine}, VLLM_BATCH_INVARIANT=1", "auto", {}, environment=INVARIANT, since="0.19.0"),
         replayed("replay", "rollouts scored again as prompts by the same engine: what decode, prefill and the batch move", {}),
         replayed("replay-invariant", "the same with VLLM_BATCH_INVARIANT=1: KL to a trainer with these kernels, aim exactly 0",
                  INVARIANT, cuda=True, since="0.19.0"),
-        speed(),
+        speed("throughput", "", {}),
+        speed("throughput-invariant", " with VLLM_BATCH_INVARIANT=1", INVARIANT, cuda_only=True),
     ]  # fmt: skip
     return steps
 
