@@ -151,6 +151,7 @@ def _model(choice: Choice, name: str) -> list[Step]:
     def replayed(arm: str, shows: str, environment: dict[str, str], *, cuda: bool = False, since: str = "0.8.5") -> Step:
         folder = out / name / arm
         words = ["-m", "vllm_compat.gpu_reference.invariance", str(model), str(folder), "--engine-args", json.dumps(memory)]
+        words += ["--exact"] if environment else []
         return Step(f"{arm}:{name}", words, shows, shows_not, [made.name], environment, vllm=True, cuda=cuda, since=since,
                     out=folder)  # fmt: skip
 

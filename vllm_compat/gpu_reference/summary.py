@@ -19,7 +19,7 @@ OURS = {
     "abs_dlogprob_mean": "mean |Δlogprob|",
 }  # fmt: skip
 _LOG = re.compile(r" (?:INFO|WARNING|ERROR) \d|it/s\]|\[W\d|Warning")  # an engine's lines between a benchmark's own
-_LAST = 40  # lines of a benchmark's
+_LAST = 150  # lines of a benchmark's
 
 # What others have published: (what, figure, source). Their models, cards and engines are not ours.
 ANCHORS = (
@@ -83,7 +83,13 @@ def write(choice: Choice, steps: Sequence[Step], data: Mapping[str, Any]) -> Non
             pictures.append(picture(histogram(found["histogram"]), caption))
         elif "bands" in row:
             checks += [
-                [escape(step.name), escape(name), number(value), number(limit), "held" if held else "not held"]
+                [
+                    escape(step.name),
+                    escape(name),
+                    number(value),
+                    number(limit),
+                    "" if limit is None else "held" if held else "not held",
+                ]
                 for name, (value, limit, held) in row["bands"].items()
             ]
     figures = [

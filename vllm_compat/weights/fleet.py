@@ -350,7 +350,7 @@ _members: weakref.WeakKeyDictionary[Any, Member] = weakref.WeakKeyDictionary()
 
 
 def _going_back() -> updates.Steps:
-    updates._raise_first((yield "workers", "rollback", {}))
+    updates.raise_first((yield "workers", "rollback", {}))
 
 
 def _is_async(engine: Any) -> bool:

@@ -172,7 +172,7 @@ def stepped(engine: Any) -> None:
 
 
 def _known(engine: Any) -> updates.Steps:
-    updates._raise_first((yield "workers", "watch", {}))
+    updates.raise_first((yield "workers", "watch", {}))
     updates._seen.add(engine)
 
 

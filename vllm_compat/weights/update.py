@@ -167,7 +167,7 @@ class weight_update:
                 raise WeightUpdateError(f"weight version {self._asked} is not newer than the engine's, {known}")
             self.version = known + 1 if self._asked is None else self._asked
             if self.engine not in _seen or self.engine in _unfinished:
-                _raise_first((yield "workers", "baseline", {}))
+                raise_first((yield "workers", "baseline", {}))
                 _seen.add(self.engine)
         except BaseException:  # also an interrupt, or a cancelled task
             _updating.pop(self.engine, None)
@@ -330,7 +330,7 @@ def staging(given: dict[str, Any], found: dict[str, Any]) -> Steps:
     """The new weights beside the model, the same bytes on all ranks, or nowhere. ``found`` gets their checksum and number."""
     try:
         staged = yield "workers", "stage", given
-        _raise_first(staged)
+        raise_first(staged)
         sums = {(answer["checksum"], answer["tensors"]) for answer in staged}
         if len(sums) > 1:
             raise WeightUpdateError(f"the ranks received different bytes: {[answer['checksum'] for answer in staged]}")
@@ -348,7 +348,7 @@ def dropping() -> Steps:
 def committing(keep_old: bool = True) -> Steps:
     """What is staged goes in on all ranks, or the old weights come back on all."""
     try:
-        _raise_first((yield "workers", "commit", {"keep_old": keep_old}))
+        raise_first((yield "workers", "commit", {"keep_old": keep_old}))
     except BaseException as error:
         back = yield "workers", "rollback", {}
         lost = [answer["error"] for answer in back if "error" in answer]
@@ -370,7 +370,7 @@ def _answers(call: tuple[str, str, dict[str, Any]], raw: list[Any]) -> list[dict
     return found if call[0] == "core" else [one for answers in found for one in answers]
 
 
-def _raise_first(answers: list[dict[str, Any]]) -> None:
+def raise_first(answers: list[dict[str, Any]]) -> None:
     for number, answer in enumerate(answers):
         if "error" in answer:
             where = f" (rank {number} of {len(answers)})" if len(answers) > 1 else ""
