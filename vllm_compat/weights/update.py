@@ -371,6 +371,7 @@ def _answers(call: tuple[str, str, dict[str, Any]], raw: list[Any]) -> list[dict
 
 
 def raise_first(answers: list[dict[str, Any]]) -> None:
+    """WeightUpdateError for the first worker that answers with an error."""
     for number, answer in enumerate(answers):
         if "error" in answer:
             where = f" (rank {number} of {len(answers)})" if len(answers) > 1 else ""
