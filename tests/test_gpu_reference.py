@@ -118,7 +118,7 @@ def test_what_vllm_did_not_use_was_not_run(tmp_path):
     made.go(made_up, 60)
     assert {name: row["state"] for name, row in made.state.items()} == {"a": DONE, "b": NOT_RUN, "c": "broken"}
     assert made.state["a"]["used"] == ["Model Runner V2", "attention by FLASH_ATTN"]
-    assert "did not use CUDA graphs" in made.state["b"]["reason"]
+    assert "no CUDA graphs" in made.state["b"]["reason"]
 
 
 def test_the_recipe_has_the_head_that_the_release_has(tmp_path, monkeypatch):

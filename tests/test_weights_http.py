@@ -42,7 +42,7 @@ class Update:
         self.engine, self.version = engine, version or updates.version_of(engine) + 1
 
     async def __aenter__(self) -> Update:
-        updates._updating.add(self.engine)
+        updates._updating[self.engine] = self
         return self
 
     async def load(self, source: dict, **given: Any) -> None:
@@ -53,7 +53,7 @@ class Update:
 
     async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
         await asyncio.sleep(type(self).at_the_end)
-        updates._updating.discard(self.engine)
+        updates._updating.pop(self.engine, None)
         if error is None:
             self.engine.output_processor._vllm_compat_weight_version = self.version
         elif type(self).stuck:
@@ -313,7 +313,7 @@ def test_one_update_at_a_time(served, roots):
     assert len(calls) == 1
     calls.clear()
     served.state.engine_client = Engine()
-    updates._updating.add(served.state.engine_client)
+    updates._updating[served.state.engine_client] = Update(served.state.engine_client)
     refused(served, 409, "update_under_way", "POST", "update_weights", body)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from vllm_compat import profiles, settings, vllm_info
 from vllm_compat.errors import RecordingError
-from vllm_compat.gpu_reference.steps import BENCHMARKS, RAN, Choice, Step
+from vllm_compat.gpu_reference.steps import BENCHMARKS, CACHE_HITS, RAN, Choice, Step
 
 DONE, FAILED, NOT_RUN, BROKEN = "done", "a band failed", "not run", "broken"
 _GRACE = 20.0  # seconds that an interrupted step has to save its parts
@@ -141,10 +141,11 @@ class Loop:
                 return False
         seconds = time.monotonic() - began
         used = ran(log.read_bytes()[before:].decode(errors="replace")) if step.vllm else []
+        if code in (0, 1) and step.out is not None and (made := step.out / "report.json").is_file():
+            hits = json.loads(made.read_text(encoding="utf-8"))["found"]["made_by"].get("cached_prompt_tokens")
+            used += [CACHE_HITS] if hits else []
         if code in (0, 1) and step.expects and step.expects not in used:
-            self._put(
-                step, NOT_RUN, f"vLLM did not use {step.expects}: its log names {', '.join(used) or 'nothing'}; {log}", seconds
-            )
+            self._put(step, NOT_RUN, f"no {step.expects} in it; seen: {', '.join(used) or 'nothing'}; {log}", seconds)
         elif code == 0:
             self._put(step, DONE, None, seconds, used)
         elif code == 1 and step.out is not None and (step.out / "report.json").is_file():

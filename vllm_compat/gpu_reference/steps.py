@@ -28,12 +28,15 @@ RAN = {
 }
 
 
+CACHE_HITS = "prefix cache hits"  # by the recording: how many prompt tokens came from it
+
+
 @dataclass(frozen=True)
 class Step:
     """``words``: what follows `python`. ``after``: steps that have to be done before. ``judged``: a failed band is this
     run's failure, and not what the step is there to show. ``cuda``: what needs a card even in name; ``cards``: how many;
-    ``since``: the first vLLM release that has it. ``expects``: of `RAN`'s values, what has to have run for this to show
-    anything. ``resumes``: goes on where it was interrupted; the others begin again."""
+    ``since``: the first vLLM release that has it. ``expects``: of `RAN`'s values, or `CACHE_HITS`: what has to have run for
+    this to show anything. ``resumes``: goes on where it was interrupted; the others begin again."""
 
     name: str
     words: Sequence[str]
@@ -185,8 +188,10 @@ def _model(choice: Choice, name: str) -> list[Step]:
                  environment={"VLLM_USE_FLASHINFER_SAMPLER": "1"}),
         validate("no-flashinfer", f"{mine}, FlashInfer's sampler off", "auto", {},
                  environment={"VLLM_USE_FLASHINFER_SAMPLER": "0"}),
-        validate("prefix-caching", f"{mine}, but prefix caching on", "auto", {"enable_prefix_caching": True}, cuda=False),
-        validate("async", f"{mine}, but async scheduling on", "auto", {"async_scheduling": True}, cuda=False, since="0.14.0"),
+        # blocks smaller than the longer prompts, so that there is something to hit
+        validate("prefix-caching", f"{mine}, but prefix caching on", "auto",
+                 {"enable_prefix_caching": True, "block_size": 16 if cuda else 32}, cuda=False, expects=CACHE_HITS),
+        validate("async", f"{mine}, but async scheduling on", "auto", {"async_scheduling": True}, since="0.14.0"),
         validate("batch-invariant", f"{mine}, VLLM_BATCH_INVARIANT=1", "auto", {}, environment=INVARIANT, since="0.19.0"),
         replayed("replay", "rollouts scored again as prompts by the same engine: what decode, prefill and the batch move", {}),
         replayed("replay-invariant", "the same with VLLM_BATCH_INVARIANT=1: KL to a trainer with these kernels, aim exactly 0",
