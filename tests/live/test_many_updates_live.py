@@ -84,3 +84,15 @@ def test_two_hundred_updates(run_engine, model, folder) -> None:
     assert not found["async_scheduling"]
     _assert_exact(model, folder, found, UPDATES)
     _assert_torn(model, folder, found, UPDATES)
+
+
+def test_with_async_scheduling(run_engine, model, folder) -> None:
+    """The same where the engine core schedules a step before the last one's tokens are there, as vLLM does by default on a card:
+    with the hook every token is exact, without it the same calls are found out. On a CPU vLLM switches it off (async_on_cpu)."""
+    script, updates = Path(__file__).with_name("updates.py").read_text(), 61  # the 62nd has the norms alone
+    environment = {"VLLM_COMPAT_UNBRACKETED_UPDATES": "allow", "ASYNC_ON_CPU": "1"}
+    arguments = [f"--updates={updates}", "--bare", '--engine-args={"async_scheduling": true}']
+    found = run_engine(script, str(model), str(folder), *arguments, environment=environment).ok().result
+    assert found["async_scheduling"]
+    _assert_exact(model, folder, found, updates)
+    _assert_torn(model, folder, found, updates)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -24,9 +25,15 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+if os.environ.get("ASYNC_ON_CPU"):
+    import async_on_cpu  # noqa: F401
+
 
 class ParameterLoader:
     """``worker_extension_cls``: one parameter per call, in place, as many trainers send them."""
+
+    def runs_ahead(self) -> bool:
+        return bool(getattr(self.model_runner, "use_async_scheduling", False))
 
     def load_parameter(self, folder: str, name: str) -> bool:
         held = dict(self.model_runner.model.named_parameters())[name]
@@ -128,7 +135,7 @@ async def main(given: argparse.Namespace) -> dict[str, Any]:
     await load.stop()
     found = {
         "requests": load.made, "in_flight": in_flight, "versions": versions, "seconds": seconds, "tokens_meanwhile": tokens,
-        "async_scheduling": bool(engine.vllm_config.scheduler_config.async_scheduling),
+        "async_scheduling": all(await engine.collective_rpc("runs_ahead")),
     }  # fmt: skip
     if given.bare:
         fresh = Load(engine, given.requests, (80, 80), "fresh", given.seed + 2)
