@@ -31,6 +31,8 @@ def environment(step: Step, device: str) -> dict[str, str]:
     if device == "cpu":
         kept["CUDA_VISIBLE_DEVICES"] = ""
         kept.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if "PYTHONPATH" in step.environment and kept.get("PYTHONPATH"):  # in front of the caller's own
+        return {**kept, **step.environment, "PYTHONPATH": os.pathsep.join([step.environment["PYTHONPATH"], kept["PYTHONPATH"]])}
     return {**kept, **step.environment}
 
 
