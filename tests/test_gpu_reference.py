@@ -121,6 +121,14 @@ def test_what_vllm_did_not_use_was_not_run(tmp_path):
     assert "no CUDA graphs" in made.state["b"]["reason"]
 
 
+def test_an_earlier_attempts_report_is_not_this_ones(tmp_path):
+    """A crash is exit code 1 too: with an old report in the folder it is still a step that broke."""
+    (tmp_path / "report.json").write_text("{}")
+    made = Loop(choice(tmp_path / "out"))
+    made.go([step("a", "raise RuntimeError", out=tmp_path)], 60)
+    assert made.state["a"]["state"] == "broken"
+
+
 def test_the_recipe_has_the_head_that_the_release_has(tmp_path, monkeypatch):
     """`head_dtype` from 0.26.0 on; before, the same options are held against the trainer with its own head, and that is said."""
 

@@ -125,6 +125,8 @@ class Loop:
             kept.parent.mkdir(parents=True, exist_ok=True)
             if not kept.is_file():
                 shutil.copy(profiles.folder() / kept.name, kept)
+        if step.out is not None:  # an earlier attempt's must not be taken for this one's
+            (step.out / "report.json").unlink(missing_ok=True)
         print(f"{step.name}: {step.shows}", file=sys.stderr, flush=True)
         began, log = time.monotonic(), out / "logs" / f"{step.name.replace(':', '-')}.txt"
         with log.open("a", encoding="utf-8") as opened:
