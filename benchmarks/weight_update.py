@@ -15,8 +15,9 @@ go by one RPC, and vLLM's ``reload_weights`` takes them in.
 worker), or Gloo on a CPU. Only ``ours`` has that transport, so there is no ratio.
 
 ``quiet``: from the call to the last rank at rest. ``next``: from the last byte to the next token at the caller. ``stall``: the
-sum, which is what a way costs beyond the ``copy``, whose time is in a column of its own. A ratio is taken within a round. ``ours`` does more before the next token:
-every worker tests its head against the new weights, ranks compare checksums, and the new version reaches the outputs.
+sum, which is what a way costs beyond the ``copy``, whose time has its own column. A ratio is taken within a round. ``ours``
+does more before the next token: every worker tests its head against the new weights, ranks compare checksums, and the new
+version reaches the outputs.
 
 Then throughput with an update of all weights from files every 2 seconds, against none, in windows in turn. Needs a vLLM from
 0.17.0 on. Exit code 1 if the median ratio of the stalls is above the limit.

@@ -26,8 +26,6 @@ RAN = {
     r"torch\.compile (?:took|takes)": "torch.compile",
     r"Using (\S+) (?:attention )?backend": "attention by {}",
 }
-
-
 CACHE_HITS = "prefix cache hits"  # by the recording: how many prompt tokens came from it
 
 
